@@ -1,0 +1,214 @@
+"""Frozen Lake as a game of text: a state becomes a grid of symbols, an answer becomes a move or is invalid.
+
+The dynamics are those of Gymnasium's FrozenLake-v1. In the notation of msgrpo.py this file is one text-mediated
+stochastic game (S, A, T, r, H) with its two maps between text and game:
+
+    phi: state -> text                  `FrozenLake.observation`
+    psi: text -> action or invalid      `parse_action`
+
+States are numbered row by row from the top left, actions are left 0, down 1, right 2, up 3. A map is a list of rows of
+the letters S (start), F (frozen), H (hole) and G (goal). Nothing here knows of tokens or of models.
+"""
+import functools
+import hashlib
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+ACTIONS = ("left", "down", "right", "up")
+MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (row, column) of each action
+MAPS = {  # Gymnasium's two fixed maps
+    "4x4": ["SFFF", "FHFH", "FFFH", "HFFG"],
+    "8x8": ["SFFFFFFF", "FFFFFFFF", "FFFHFFFF", "FFFFFHFF", "FFFHFFFF", "FHHFFFHF", "FHFFHFHF", "FFFHFFFG"],
+}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """How lakes are drawn: board size, P(frozen) of a tile, P(moving as chosen), and steps in an episode."""
+    size: int
+    p: float
+    success_rate: float
+    max_steps: int
+
+
+SCENARIOS = {  # the first three are the later public configuration of the paper's first author; `big` is ours
+    "noslip": Scenario(4, .8, 1.0, 8),
+    "slippery": Scenario(4, .9, 1 / 3, 15),
+    "bigslippery": Scenario(6, .9, 1 / 3, 15),
+    "big": Scenario(6, .8, 1.0, 20),
+}
+
+
+def solvable(desc):
+    """Can the goal be reached from the start without entering a hole?"""
+    rows, columns = len(desc), len(desc[0])
+    frontier, seen = [(0, 0)], {(0, 0)}
+    while frontier:
+        row, column = frontier.pop()
+        for down, right in MOVES:
+            r, c = row + down, column + right
+            if 0 <= r < rows and 0 <= c < columns and (r, c) not in seen and desc[r][c] != "H":
+                if desc[r][c] == "G":
+                    return True
+                seen.add((r, c))
+                frontier.append((r, c))
+    return False
+
+
+def random_map(size, p, rng):
+    """A solvable size x size map, each tile but the corners frozen with probability p; rng is a numpy Generator.
+
+    Raises ValueError where no such map can be drawn: Gymnasium's generator would search for ever.
+    """
+    if size < 2 or not 0 < p <= 1:
+        raise ValueError(f"a random map needs size >= 2 and 0 < p <= 1, not size {size} and p {p}")
+    for _ in range(100_000):
+        tiles = np.where(rng.random((size, size)) < p, "F", "H")
+        tiles[0, 0], tiles[-1, -1] = "S", "G"
+        desc = ["".join(row) for row in tiles]
+        if solvable(desc):
+            return desc
+    raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
+
+
+def is_held_out(desc):
+    """Is this map reserved for evaluation? An eighth is, by hash: another seed alone would draw the same maps again."""
+    return hashlib.sha256("\n".join(desc).encode()).digest()[0] % 8 == 0
+
+
+def draw_map(scenario, rng, held_out=False):
+    """A random map of the scenario from the training maps, or from the held-out ones."""
+    while True:
+        desc = random_map(scenario.size, scenario.p, rng)
+        if is_held_out(desc) == held_out:
+            return desc
+
+
+@functools.cache
+def held_out_maps(scenario):
+    """Every held-out map of a 4x4 scenario, and the generator's probability of each among them (sums to 1)."""
+    inner = scenario.size ** 2 - 2
+    maps, weights = [], []
+    for tiles in itertools.product("FH", repeat=inner):
+        flat = "S" + "".join(tiles) + "G"
+        desc = [flat[i:i + scenario.size] for i in range(0, len(flat), scenario.size)]
+        if is_held_out(desc) and solvable(desc):
+            holes = flat.count("H")
+            maps.append(desc)
+            weights.append(scenario.p ** (inner - holes) * (1 - scenario.p) ** holes)
+    return maps, np.array(weights) / sum(weights)
+
+
+def parse_action(text):
+    """psi: the action named between the last <action> and its </action>, or None where the text is invalid.
+
+    Exactly one of the four words counts: a search for substrings would read "right, then up" as a move.
+    """
+    _, opened, rest = text.rpartition("<action>")
+    word, closed, _ = rest.partition("</action>")
+    word = word.strip().lower()
+    return ACTIONS.index(word) if opened and closed and word in ACTIONS else None
+
+
+class FrozenLake:
+    """One episode of the game on one map.
+
+    desc: rows of "SFHG" with one S; success_rate: probability of moving as chosen (1 does not slip, 1/3 is Gymnasium's
+    slippery default), otherwise to either side of it; max_steps: the horizon H; rng: numpy Generator of the slips;
+    invalid_penalty: subtracted for an invalid answer, which moves nothing and uses a step; step_cost: subtracted at
+    every step; coordinates: name the positions above the grid; think: ask for thoughts and a plan before the action.
+    Raises ValueError for a malformed map or a probability outside [0, 1].
+    """
+
+    def __init__(self, desc, success_rate=1.0, max_steps=8, rng=None, invalid_penalty=0.0, step_cost=0.0,
+                 coordinates=False, think=False):
+        tiles = "".join(desc)
+        if set(map(len, desc)) != {len(desc[0])} or set(tiles) - set("SFHG") or tiles.count("S") != 1:
+            raise ValueError(f"a map is a rectangle of S, F, H and G with one S, not {desc}")
+        if not 0 <= success_rate <= 1 or max_steps < 1:
+            raise ValueError(f"success_rate {success_rate} is not in [0, 1] or max_steps {max_steps} is below 1")
+        self.tiles, self.rows, self.columns = tiles, len(desc), len(desc[0])
+        self.success_rate, self.max_steps, self.rng = success_rate, max_steps, rng or np.random.default_rng()
+        self.invalid_penalty, self.step_cost = invalid_penalty, step_cost
+        self.coordinates, self.think = coordinates, think
+        self.state, self.steps, self.success = tiles.index("S"), 0, False
+
+    def transitions(self, state, action):
+        """T and r: [(probability, next_state, reward, terminated), ...] of an action; goal and hole are absorbing."""
+        if self.tiles[state] in "GH":
+            return [(1.0, state, 0.0, True)]
+        if self.success_rate == 1:
+            return [(1.0, *self._enter(state, action))]
+        slip = (1 - self.success_rate) / 2
+        return [(probability, *self._enter(state, direction % 4)) for probability, direction in
+                ((slip, action - 1), (self.success_rate, action), (slip, action + 1))]
+
+    def _enter(self, state, direction):
+        row, column = divmod(state, self.columns)
+        down, right = MOVES[direction]
+        row = min(max(row + down, 0), self.rows - 1)
+        column = min(max(column + right, 0), self.columns - 1)
+        state = row * self.columns + column
+        return state, float(self.tiles[state] == "G"), self.tiles[state] in "GH"
+
+    def step(self, text):
+        """Play an answer: (reward, done, valid). One uniform draw decides among the outcomes of a valid action."""
+        self.steps += 1
+        action, reward, done = parse_action(text), -self.step_cost, False
+        if action is None:
+            reward -= self.invalid_penalty
+        else:
+            u = self.rng.random()
+            for probability, state, gain, terminated in self.transitions(self.state, action):
+                u -= probability
+                if u < 0:
+                    break
+            self.state, reward, done = state, reward + gain, terminated
+            self.success = self.tiles[state] == "G"
+        return reward, done or self.steps == self.max_steps, action is not None
+
+    @property
+    def instructions(self):
+        """What never changes in an episode, generated from the settings so that it cannot contradict the game."""
+        q = self.success_rate
+        ice = "not slippery: you move as you choose." if q == 1 else (
+            f"slippery: you move as you choose with probability {q:.2f}, "
+            f"and to either side of it with probability {(1 - q) / 2:.2f} each.")
+        answer = "<action>left</action>, <action>down</action>, <action>right</action> or <action>up</action>"
+        if self.think:
+            answer = f"<think>your thoughts</think><plan>your plan</plan> and then {answer}"
+        return (f"Cross the frozen lake to the goal without falling into a hole.\n"
+                f"The board has {self.rows} rows and {self.columns} columns. "
+                f"P is you, O is a hole, G is the goal, _ is ice.\n"
+                f"You move one cell a step and have {self.max_steps} steps. The border stops you. The ice is {ice}\n"
+                f"Answer with {answer}.")
+
+    def observation(self):
+        """phi: the current state as text, and nothing of the past."""
+        cells = [{"H": "O", "G": "G"}.get(tile, "_") for tile in self.tiles]
+        cells[self.state] = "P"
+        grid = "\n".join(" ".join(cells[i:i + self.columns]) for i in range(0, len(cells), self.columns))
+        if not self.coordinates:
+            return grid
+        where = {symbol: ", ".join(f"({i // self.columns + 1}, {i % self.columns + 1})"
+                                   for i, cell in enumerate(cells) if cell == symbol) or "none" for symbol in "POG"}
+        return f"(row, column) of you: {where['P']}; holes: {where['O']}; goal: {where['G']}\n{grid}"
+
+    def success_bounds(self):
+        """P(goal within max_steps) from the start: (of the optimal policy, of a uniformly random one).
+
+        Finite-horizon value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
+        """
+        n = len(self.tiles)
+        kernel = np.zeros((4, n, n))  # (action, state, next state)
+        for action, state in itertools.product(range(4), range(n)):
+            for probability, target, _, _ in self.transitions(state, action):
+                kernel[action, state, target] += probability
+        goal, alive = (np.array([tile in kind for tile in self.tiles], float) for kind in ("G", "SF"))
+        optimal = uniform = np.zeros(n)
+        for _ in range(self.max_steps):
+            optimal = (kernel @ (goal + alive * optimal)).max(0)
+            uniform = (kernel @ (goal + alive * uniform)).mean(0)
+        return float(optimal[self.state]), float(uniform[self.state])

@@ -1,0 +1,634 @@
+"""One decoder-only transformer for Llama, Qwen2 and Qwen3 weights, and for the tiny model that is born here.
+
+Reading order: `Transformer` (tokens -> logits), `generate` and `score` (sampling, and scoring what was sampled), `Tokenizer`
+(text <-> tokens), checkpoints in and out. Modules bear the names of Hugging Face's state dicts, so that weights load by a
+strict match of names.
+
+Every prompt of a batch is a branch of one tree: instructions that all share, a state that many share, an answer of a few
+tokens. `generate` and `score` run each node of that tree once: the instructions' keys and values are a `prefix` of batch
+size one, the states' are gathered for the answers that follow them. This is exact, gradients included.
+
+Files come from strangers: what is malformed or not supported raises ValueError with the file and the reason, and nothing
+is allocated that the sizes of the files do not justify.
+"""
+import contextlib
+import json
+import math
+import os
+import re
+import unicodedata
+from collections import namedtuple
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+          "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+          "BOOL": torch.bool}
+SIDE_FILES = """config.json generation_config.json tokenizer.json tokenizer_config.json added_tokens.json
+             special_tokens_map.json vocab.json merges.txt chat_template.jinja""".split()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Architecture; the names are those of config.json.
+
+    q, k and v have biases with attention_bias or in qwen2, o with attention_bias; qwen3 has q and k norms.
+    """
+    model_type: str  # of FAMILIES
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # of Llama 3
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    files: dict = field(default_factory=dict, repr=False, compare=False)  # SIDE_FILES read, name -> bytes
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, times the weight."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+def rope_frequencies(config):
+    """Angle per position of each pair of a head's dimensions, (head_dim / 2,), with Llama 3's scaling where it is set."""
+    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    if config.rope_scaling:  # long waves are stretched by `factor`, short ones kept, those between interpolated
+        s = config.rope_scaling
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / s["factor"])
+    return frequencies
+
+
+def rotate(x, cos, sin):
+    """Rotary positions, the split-halves form of these weights: x (batch, time, heads, head_dim)."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        qkv_bias = c.attention_bias or c.model_type == "qwen2"
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=c.attention_bias and c.model_type != "qwen2")
+        if c.model_type == "qwen3":
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x, cos, sin, bias, slots, prefix, past):
+        batch, time, _ = x.shape
+        q = rotate(self.q_norm(self.q_proj(x).view(batch, time, self.heads, self.head_dim)), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(x).view(batch, time, self.kv_heads, self.head_dim)), cos, sin)
+        v = self.v_proj(x).view(batch, time, self.kv_heads, self.head_dim)
+        k, v = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)  # (kv_heads, batch, time, head_dim)
+        if past is not None:  # in place while sampling; out of place where autograd needs the old values
+            index = slots[None, :, :, None].expand_as(k)
+            put = torch.Tensor.scatter if torch.is_grad_enabled() else torch.Tensor.scatter_
+            k, v = put(past[0], 2, index, k), put(past[1], 2, index, v)
+        groups = self.heads // self.kv_heads
+        q = q.view(batch, time, self.kv_heads, groups, self.head_dim).permute(2, 0, 3, 1, 4) * self.head_dim ** -.5
+        q = q.reshape(self.kv_heads, batch, groups * time, self.head_dim)
+        scores = q @ k.transpose(-1, -2)  # (kv_heads, batch, groups * time, slots)
+        scores = (scores.view(self.kv_heads, batch, groups, time, -1) + bias).view_as(scores)
+        if prefix is None:
+            out = scores.softmax(-1) @ v
+        else:
+            shared = q.flatten(1, 2) @ prefix[0][:, 0].transpose(-1, -2)  # (kv_heads, batch * groups * time, prefix)
+            weights = torch.cat([shared.view(*scores.shape[:3], -1), scores], -1).softmax(-1)
+            shared, own = weights.split([shared.shape[-1], scores.shape[-1]], -1)
+            out = own @ v
+            out = out + (shared.flatten(1, 2) @ prefix[1][:, 0]).view_as(out)
+        out = out.view(self.kv_heads, batch, groups, time, self.head_dim).permute(1, 3, 0, 2, 4)
+        return self.o_proj(out.reshape(batch, time, -1)), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, *positions):
+        attended, kv = self.self_attn(self.input_layernorm(x), *positions)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, ids, prefix=None, past=None, lengths=None, rows=None, keep=False):
+        """Logits of the next token: ids (batch, time) int64 -> (batch, time, vocabulary).
+
+        prefix: keys and values per layer of tokens that stand before every row (batch size one); past: those of each
+        row, with free slots behind its `lengths` (batch,) tokens, where the new ones go; rows: indices into the
+        flattened (batch * time) positions: logits for these alone, (rows, vocabulary); keep: return (logits, keys and
+        values per layer). Rows are padded at their end: what stands behind a token never reaches it.
+        """
+        time = ids.shape[1]
+        start = torch.zeros(1, dtype=torch.long, device=ids.device) if lengths is None else lengths
+        slots = start[:, None] + torch.arange(time, device=ids.device)  # (batch or 1, time)
+        positions = slots + (0 if prefix is None else prefix[0][0].shape[2])
+        angles = positions[..., None] * rope_frequencies(self.config).to(ids.device)
+        x = self.model["embed_tokens"](ids)
+        cos, sin = (f(torch.cat([angles, angles], -1))[:, :, None].to(x.dtype) for f in (torch.cos, torch.sin))
+        width = time if past is None else past[0][0].shape[2]
+        hidden = torch.arange(width, device=ids.device) > slots[..., None]  # (batch or 1, time, slots)
+        bias = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill(hidden, -torch.inf)[:, None]
+        kept = []
+        for i, layer in enumerate(self.model["layers"]):
+            x, kv = layer(x, cos, sin, bias, slots, prefix and prefix[i], past and past[i])
+            kept.append(kv)
+        x = self.model["norm"](x if rows is None else x.flatten(0, 1)[rows])
+        head = self.model["embed_tokens"] if self.lm_head is None else self.lm_head
+        logits = F.linear(x, head.weight)
+        return (logits, kept) if keep else logits
+
+
+def pad(sequences, device):
+    """Lists of ids -> (batch, longest) int64, zeros behind each, and their lengths (batch,)."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+    ids[torch.arange(ids.shape[1]) < lengths[:, None]] = torch.tensor([token for s in sequences for token in s])
+    return ids.to(device), lengths.to(device)
+
+
+def encode_prefix(model, ids):
+    """Keys and values per layer of the instructions that every prompt begins with."""
+    device = model.model["embed_tokens"].weight.device
+    return model(torch.tensor([ids], device=device), rows=torch.empty(0, dtype=torch.long, device=device), keep=True)[1]
+
+
+def encode_prompts(model, prefix, prompts, room):
+    """Equal prompts once: (index of each prompt's row, next-token logits, keys and values with `room` free slots, lengths)."""
+    rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    ids, lengths = pad(list(rows), prefix[0][0].device)
+    last = torch.arange(len(rows), device=ids.device) * ids.shape[1] + lengths - 1
+    logits, past = model(ids, prefix, rows=last, keep=True)
+    past = [tuple(F.pad(x, (0, 0, 0, room)) for x in kv) for kv in past]
+    return torch.tensor([rows[tuple(p)] for p in prompts], device=ids.device), logits, past, lengths
+
+
+@torch.no_grad()
+def generate(model, prefix, prompts, uniforms, limit, end_ids, vocabulary, temperature=1.0):
+    """Continue each prompt (a list of ids after the prefix) until an end token, which is part of the answer, or the limit.
+
+    uniforms: (prompts, limit) numbers in [0, 1), one per token, so that what a row samples does not depend on its batch;
+    None picks the likeliest token. Returns ids and log-probabilities at `temperature` over the first `vocabulary`
+    tokens, a list of lists each. Rows that have said the same so far share one row of the batch; ended ones leave it.
+    """
+    parent, logits, past, lengths = encode_prompts(model, prefix, prompts, limit - 1)
+    device = logits.device
+    ends = torch.tensor(sorted(end_ids), device=device)
+    uniforms = None if uniforms is None else torch.as_tensor(uniforms, dtype=torch.float32, device=device)
+    tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(prompts), limit, device=device)
+    counts = torch.full((len(prompts),), limit, device=device)
+    alive = torch.arange(len(prompts), device=device)  # rows that go on; parent: their row of the batch
+    for t in range(limit):
+        table = (logits[:, :vocabulary].float() / temperature).log_softmax(-1)
+        if uniforms is None:
+            token = table.argmax(-1)[parent]
+        else:  # the inverse of the cumulative distribution
+            cumulative = table.exp().cumsum(-1)[parent]
+            target = uniforms[alive, t:t + 1] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=table.shape[1] - 1)
+        tokens[alive, t], logprobs[alive, t] = token, table[parent, token]
+        ended = torch.isin(token, ends)
+        counts[alive[ended]] = t + 1
+        alive, parent, token = alive[~ended], parent[~ended], token[~ended]
+        if t + 1 == limit or not len(alive):
+            break
+        branches, parent_of = (parent * vocabulary + token).unique(return_inverse=True)
+        source, token = branches // vocabulary, branches % vocabulary
+        if not torch.equal(source, torch.arange(len(lengths), device=device)):
+            past, lengths = [(k[:, source], v[:, source]) for k, v in past], lengths[source]
+        logits = model(token[:, None], prefix, past, lengths)[:, 0]
+        lengths, parent = lengths + 1, parent_of
+    return ([row[:n] for row, n in zip(tokens.tolist(), counts.tolist())],
+            [row[:n] for row, n in zip(logprobs.tolist(), counts.tolist())])
+
+
+def score(model, prefix, prompts, responses, vocabulary, temperature=1.0):
+    """Log-probabilities and entropies of the responses' tokens, each (tokens of all responses in their order,).
+
+    The same numbers as `generate` gave, with gradient. Logits are computed at response positions alone.
+    """
+    pairs = {pair: i for i, pair in enumerate(dict.fromkeys(zip(map(tuple, prompts), map(tuple, responses))))}
+    ids, counts = pad([response for _, response in pairs], prefix[0][0].device)  # (unique, time)
+    parent, logits, past, lengths = encode_prompts(model, prefix, [prompt for prompt, _ in pairs], ids.shape[1] - 1)
+    later = torch.arange(1, ids.shape[1], device=ids.device) < counts[:, None]  # tokens behind the first
+    table = (logits[:, :vocabulary].float() / temperature).log_softmax(-1)
+    logprobs, entropies = [table[parent, ids[:, 0]]], [-(table.exp() * table).sum(-1)[parent]]
+    if ids.shape[1] > 1:
+        past = [(k[:, parent], v[:, parent]) for k, v in past]
+        logits = model(ids[:, :-1], prefix, past, lengths[parent], rows=later.flatten().nonzero()[:, 0])
+        table = (logits[:, :vocabulary].float() / temperature).log_softmax(-1)
+        logprobs.append(table.gather(1, ids[:, 1:][later][:, None])[:, 0])
+        entropies.append(-(table.exp() * table).sum(-1))
+    place = torch.zeros_like(ids)  # of each token of `ids` in the concatenated results
+    place[:, 0] = torch.arange(len(ids), device=ids.device)
+    place[:, 1:][later] = len(ids) + torch.arange(int(later.sum()), device=ids.device)
+    row = torch.tensor([pairs[tuple(p), tuple(r)] for p, r in zip(prompts, responses)], device=ids.device)
+    index = place[row][torch.arange(ids.shape[1], device=ids.device) < counts[row][:, None]]
+    return torch.cat(logprobs)[index], torch.cat(entropies)[index]
+
+
+def ensure(good, reason):
+    if not good:
+        raise ValueError(reason)
+
+
+@contextlib.contextmanager
+def blaming(path):
+    """Whatever the contents of the file at path do wrong inside is raised as a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        kind = "" if type(error) is ValueError else f"malformed or not supported, {type(error).__name__}: "
+        raise ValueError(f"{path}: {kind}{error!s:.500}") from None
+
+
+def parse_json(data):
+    """The object in a JSON file's bytes: strict UTF-8, no NaN, no key twice. Call it inside `blaming`."""
+    def unique(pairs):
+        ensure(len(dict(pairs)) == len(pairs), "a JSON object has a key twice")
+        return dict(pairs)
+
+    value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant={}.__getitem__)
+    ensure(isinstance(value, dict), "not a JSON object")
+    return value
+
+
+def parse_config(data):
+    """Config of config.json's bytes, from transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+
+    An absent or null key has transformers' default. Call it inside `blaming`.
+    """
+    raw = parse_json(data)
+    raw |= (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
+    for key, *allowed in (("model_type", *FAMILIES), ("hidden_act", "silu", None),
+                          ("rope_type", "llama3", "default", None), ("type", "llama3", "default", None),
+                          ("partial_rotary_factor", 1, None), ("full_attention", None),  # own rope
+                          ("use_sliding_window", False, None), ("quantization_config", None)):
+        ensure(raw.get(key) in allowed, f"{key} is {raw.get(key)!r:.99}, where {allowed} are supported")
+    layers = set(re.findall(r"\w+", str(raw.get("layer_types"))))
+    ensure(layers <= {"None", "full_attention"}, f"layer_types is {layers!r:.99}, not full_attention")
+
+    def get(key, kind, default=None):
+        value = default if raw.get(key) is None else raw[key]
+        good = type(value) in ((int, float) if kind is float else (kind,))  # to isinstance, True is an int
+        good = good and (kind is bool or 0 < value <= (1e15 if kind is float else 1 << 24))
+        ensure(good, f"{key} is {value!r:.99}, which is no {kind.__name__} in range")
+        return value
+
+    hidden, heads = get("hidden_size", int), get("num_attention_heads", int)
+    head_dim = 128 if raw["model_type"] == "qwen3" and "head_dim" not in raw else hidden // heads
+    defaults = {"num_key_value_heads": heads, "head_dim": head_dim}
+    shape = {key.name: get(key.name, key.type, defaults.get(key.name, key.default)) for key in fields(Config)
+             if key.type in (int, float, bool)}
+    shape["attention_bias"] &= raw["model_type"] != "qwen2"  # which has its own way
+    shape["mlp_bias"] &= raw["model_type"] == "llama"
+    ensure(heads % shape["num_key_value_heads"] == 0, f"num_key_value_heads does not divide {heads} heads")
+    ensure(shape["head_dim"] % 2 == 0, f"head_dim is {shape['head_dim']}, which is odd")
+    if "llama3" in (raw.get("rope_type"), raw.get("type")):  # the latter is older
+        names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+        shape["rope_scaling"] = {"rope_type": "llama3"} | {key: get(key, float) for key in names}
+        ensure(raw["low_freq_factor"] < raw["high_freq_factor"], f"high_freq_factor of {raw!r:.999} is low")
+    return Config(model_type=raw["model_type"], **shape)
+
+
+def format_config(config, dtype, end_ids):
+    """config.json's bytes in the older dialect, which transformers 4 and 5 and vLLM all read."""
+    raw = {"bos_token_id": None, "eos_token_id": min(end_ids, default=None)}  # else transformers takes 1, 2
+    raw |= json.loads(config.files.get("config.json", b"{}"))
+    raw |= {key.name: getattr(config, key.name) for key in fields(config)} | {"hidden_act": "silu"}
+    raw |= {"architectures": [FAMILIES[config.model_type]], "torch_dtype": str(dtype).removeprefix("torch.")}
+    no_more = ("files", "rope_parameters", "dtype")  # the last two are the newer dialect's
+    return json.dumps({key: value for key, value in raw.items() if key not in no_more}, indent=2).encode()
+
+
+Entry = namedtuple("Entry", "path dtype shape offset nbytes")  # where a tensor lies in a file
+
+
+def read_header(path):
+    """{name: Entry} of a safetensors file, in the order of the data, which is not read.
+
+    The format: 8 little-endian bytes N; N bytes of JSON, {name: {dtype, shape, data_offsets}}; the data.
+    """
+    with blaming(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        end = start = 8 + int.from_bytes(file.read(8), "little")
+        ensure(start <= min(size, 100_000_008), f"a header of {start - 8} bytes in {size} is too long")
+        header, entries = parse_json(file.read(start - 8)), {}
+        metadata = header.pop("__metadata__", None)
+        ensure(metadata is None or {*map(type, metadata.values())} <= {str}, "__metadata__ maps no strings")
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (begin, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            good = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in [*shape, begin, stop])
+            good = good and len(shape) <= 64 and math.prod(max(n, 1) for n in shape) < 1 << 63  # strides
+            good = good and start + begin == end and math.prod(shape) * dtype.itemsize == stop - begin
+            ensure(good, f"tensor {name!r:.99} is {entry!r:.199}, where byte {end - start} is next")
+            entries[name], end = Entry(path, dtype, shape, start + begin, stop - begin), start + stop
+        ensure(end == size, f"its tensors end at byte {end}, the file at {size}")
+    return entries
+
+
+def read_tensor(name, entry):
+    """The tensor of an Entry, allocated once and read into."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+    data = tensor.reshape(-1).view(torch.uint8).numpy()  # the same memory
+    with blaming(entry.path), open(entry.path, "rb") as file:
+        file.seek(entry.offset)
+        ensure(file.readinto(data) == entry.nbytes, f"the file ends within tensor {name!r:.99}")
+        ensure(entry.dtype != torch.bool or data.max(initial=0) <= 1, f"a BOOL of {name!r:.99} is not 0 or 1")
+    return tensor
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file. Raises ValueError, with file and reason, if it is malformed."""
+    return {name: read_tensor(name, entry) for name, entry in read_header(path).items()}
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file that takes path's place once it is complete and on the disk; an error leaves path as it was."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor} as a safetensors file, sorted by name, one tensor at a time."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers 4 insists on it
+    for name, tensor in sorted(tensors.items()):
+        ensure(tensor.dtype in names and name not in header, f"{path} cannot hold {name!r} of {tensor.dtype}")
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in sorted(tensors.items()):
+            file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def find_tensors(directory):
+    """{name: Entry} of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    path, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if path.exists() or not index.exists():
+        return read_header(path)
+    entries = {}
+    with blaming(index):
+        home = parse_json(index.read_bytes())["weight_map"]
+        for shard in set(home.values()):
+            ensure(re.fullmatch(r"[^/\\\0]+\.safetensors", shard), f"{shard!r:.99} is no bare file name")
+            found = read_header(directory / shard)
+            wrong = found.keys() ^ {name for name in home if home[name] == shard}
+            ensure(not wrong, f"it and {shard} disagree on {sorted(wrong)!r:.199}")
+            entries |= found
+    return entries
+
+
+# How GPT-2 cuts text into pieces; the same after every digit was cut out, where white space before a digit
+# stays whole; the tiny tokenizer's: a tag; a word, digit or symbol with the space before it; white space.
+GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT_PIECES = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+TINY_PIECES = r"[A-Z][a-z][^\n]*|</?[a-z]+>| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
+CHATS = {  # a control token that tells a template: (before the user's text, end of turn, start of the answer)
+    "<|im_start|>": ("<|im_start|>user\n", "<|im_end|>", "\n<|im_start|>assistant\n"),
+    "<|start_header_id|>": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
+                            "<|start_header_id|>assistant<|end_header_id|>\n\n")}
+# tokenizer.json spells bytes as printable characters: these as themselves, the others from U+0100 on (GPT-2).
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = [*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE)]
+BYTE_OF = {chr(code): byte for code, byte in zip([*PRINTABLE, *range(256, 324)], BYTES)}
+CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
+
+
+def split_pattern(pre_tokenizer):
+    """The regular expression of the pieces into which a tokenizer.json's pre_tokenizer cuts text."""
+    *first, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    plain = last["type"] == "ByteLevel" and last["add_prefix_space"] is False
+    match plain, last.get("use_regex", True), first:
+        case True, True, []:
+            return GPT2_PIECES
+        case True, True, [{"type": "Digits", "individual_digits": True}]:
+            return DIGIT_PIECES
+        case True, False, [{"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}]:
+            return regex
+    raise ValueError(f"pre_tokenizer {pre_tokenizer!r:.299} is not supported")
+
+
+def merge_ranks(model, special):
+    """{bytes: id} of a tokenizer.json's BPE model without the control tokens.
+
+    tiktoken merges the pair whose result has the lowest id, the file the pair that it lists first: the same
+    where merges make every longer token, in the order of the ids.
+    """
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        ensure(not model.get(key), f"{key} {model.get(key)!r:.99} is not supported")
+    ensure(model["type"] == "BPE", f"model type {model['type']!r:.99} is not BPE")
+    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    made = [vocab[left + right] for left, right in merges]
+    orphans = {i for token, i in vocab.items() if len(token) > 1}.difference(made)
+    good = made == sorted(made) and (model.get("ignore_merges") or not orphans)
+    ensure(good, "merges that leave tokens out or are not in the order of the ids are not supported")
+    return {bytes(BYTE_OF[char] for char in token): i for token, i in vocab.items()}
+
+
+class Tokenizer:
+    """Text <-> token ids by a tiktoken.Encoding made of tokenizer.json's bytes, and the chat around a prompt.
+
+    size: a policy samples ids below it; end_ids: those that end an answer; special: {name: id} of the control
+    tokens, which no text becomes. Call it inside `blaming`.
+    """
+
+    def __init__(self, data, end_ids=(), model_type="llama"):
+        self.json, raw = data, parse_json(data)
+        self.special = {token["content"]: token["id"] for token in raw["added_tokens"]}
+        self.normalizer, pattern = raw["normalizer"], split_pattern(raw["pre_tokenizer"])
+        ensure(self.normalizer in (None, {"type": "NFC"}), f"normalizer {self.normalizer!r:.99} is not NFC")
+        ranks = merge_ranks(raw["model"], self.special)
+        ids = [*ranks.values(), *self.special.values()]
+        good = all(type(i) is int and 0 <= i < 1 << 24 for i in ids) and len(set(ids)) == len(ids)
+        ensure(good and b"" not in ranks, "a token is empty, or its id is not its own")
+        self.bytes_of = {i: token for token, i in ranks.items()}
+        self.bytes_of |= {i: name.encode() for name, i in self.special.items()}
+        self.size = max(ids) + 1
+        # Bytes that the vocabulary lacks: transformers drops them, tiktoken panics. Give ids from size on.
+        lacking = [byte for byte in (bytes([i]) for i in range(256)) if byte not in ranks]
+        ranks |= {byte: self.size + i for i, byte in enumerate(lacking)}
+        self.dropped = {byte[0]: None for byte in lacking if byte[0] < 128}  # characters by themselves
+        self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        marker = next((marker for marker in CHATS if marker in self.special), None)
+        before, end, after = CHATS.get(marker, ("", "", "\n"))
+        self.before, self.after = self._encode_template(before), self._encode_template(end + after)
+        self.no_thought = self._encode_template("<think>\n\n</think>\n\n") if model_type == "qwen3" else []
+        self.end_ids = frozenset(i for i in [*end_ids, self.special.get(end)] if i is not None)
+
+    def _encode_template(self, text):
+        parts = re.split("(<[^<>]*>)", text)
+        return [i for part in parts for i in ([self.special[part]] if "<" in part else self.encode(part))]
+
+    def encode(self, text):
+        """Token ids of text; what spells a control token is text like any other."""
+        text = unicodedata.normalize("NFC", text) if self.normalizer else text
+        if self.dropped:  # before merging, but after cutting: a run of symbols is one piece, and must stay one
+            def rest(run):
+                kept = run[0].translate(self.dropped)
+                return run[0] if kept in ("", " ", "'") else kept  # which would join the letters that follow
+            text = re.sub(r" ?(?:[^\w\s]|[_\x1c-\x1f])+", rest, text)
+        try:
+            return [i for i in self.encoding.encode_ordinary(text) if i < self.size]
+        except BaseException as error:  # a panic in tiktoken's Rust is no Exception
+            if type(error).__name__ == "PanicException":
+                raise ValueError(f"tiktoken fails on {text!r:.99}: {error}") from None
+            raise
+
+    def decode(self, ids):
+        """Text of token ids, control tokens by name; ids of no token are left out, broken UTF-8 is U+FFFD."""
+        return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", "replace")
+
+    def prefix(self, instructions):
+        """Tokens of a prompt up to its state; the x that comes off again cuts them as the state will."""
+        return self.before + self.encode(instructions + "\n\nx")[:-1]
+
+    def suffix(self, state, think=False):
+        """Tokens of a prompt from its state on; without think, Qwen3 expects an empty thought."""
+        return self.encode(state) + self.after + ([] if think else self.no_thought)
+
+
+def tiny_tokenizer(texts, end):
+    """A Tokenizer of the 256 bytes and of the pieces of some texts, of which `end` ends an answer."""
+    pieces = [piece for text in texts for piece in re.findall(TINY_PIECES, text)]
+    spelt = ["".join(CHAR_OF[byte] for byte in piece.encode()) for piece in pieces]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*map(CHAR_OF.get, range(256)), *spelt]))}
+    pairs = [(token[:i], token[i:]) for token in vocab for i in range(1, len(token))]
+    merges = [pair for pair in pairs if vocab.keys() >= set(pair)]  # all those that tiktoken finds
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": TINY_PIECES}, "behavior": "Isolated", "invert": False}
+    return Tokenizer(json.dumps({
+        "version": "1.0", "added_tokens": [], "normalizer": None, "decoder": byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges},
+    }).encode(), [vocab[end]])
+
+
+def load_pretrained(directory, dtype=torch.float32):
+    """(Transformer in dtype, Tokenizer) of a Hugging Face directory; the second None without tokenizer.json.
+
+    Memory peaks at about the weights' own size: a model on the meta device tells which names and shapes the
+    files must have, then each tensor is allocated once and converted by itself. Raises ValueError, with file
+    and reason, on what is malformed or another kind of model.
+    """
+    directory = Path(directory)
+    files = {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).exists()}
+    ends = []
+    for name in ("generation_config.json", "config.json"):
+        with blaming(directory / name):
+            found = parse_json(files.get(name, b"{}")).get("eos_token_id")
+            ends += found if isinstance(found, list) else [found]
+            ensure(all(i is None or type(i) is int for i in ends), f"eos_token_id is {found!r:.99}")
+    with blaming(directory / "config.json"):
+        config = replace(parse_config(files.get("config.json", b"")), files=files)
+    entries = {name: entry for name, entry in find_tensors(directory).items()
+               if not name.endswith("rotary_emb.inv_freq")}  # old Llama files repeat what rope_theta says
+    good = 9 * config.num_hidden_layers <= len(entries)  # before making them: a layer has 9 tensors or more
+    ensure(good, f"{directory}: num_hidden_layers {config.num_hidden_layers} against {len(entries)} tensors")
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
+    head = entries.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    wrong = sorted(shapes.keys() ^ entries.keys())
+    ensure(not wrong, f"{directory}: tensors that the files lack or the model does not know: {wrong!r:.199}")
+    for name, (path, kind, shape, *_) in entries.items():
+        good = shape == shapes[name] and kind.is_floating_point
+        ensure(good, f"{path}: {name} is {kind} {shape}, where the model has floats {shapes[name]}")
+    state = {name: read_tensor(name, entry).to(dtype) for name, entry in entries.items()}
+    if head:
+        same = torch.equal(read_tensor("", head).to(dtype), state["model.embed_tokens.weight"])
+        ensure(same, f"{head.path}: lm_head.weight is not the embedding that tie_word_embeddings says it is")
+    model.load_state_dict(state, assign=True)
+    if "tokenizer.json" not in files:
+        return model, None
+    with blaming(directory / "tokenizer.json"):
+        tokenizer = Tokenizer(files["tokenizer.json"], ends, config.model_type)
+        ensure(tokenizer.size <= config.vocab_size, f"{tokenizer.size} tokens exceed the model's vocab_size")
+    return model, tokenizer
+
+
+def save_pretrained(directory, model, tokenizer):
+    """Write a directory that load_pretrained, transformers and vLLM read; tokenizer may be None.
+
+    The files that the model was loaded with are carried over. All are complete beside their places before the
+    first takes its own, so an interruption leaves an earlier checkpoint whole.
+    """
+    directory, files, end_ids = Path(directory), dict(model.config.files), set()
+    if tokenizer:
+        end_ids, files["tokenizer.json"] = tokenizer.end_ids, tokenizer.json
+        end = tokenizer.decode([min(end_ids)]) if end_ids else None
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+        files.setdefault("tokenizer_config.json", json.dumps(settings).encode())
+    files["config.json"] = format_config(model.config, next(model.parameters()).dtype, end_ids)
+    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for name, data in files.items():
+            stack.enter_context(replacing(directory / name)).write(data)
+        write_safetensors(directory / "model.safetensors", model.state_dict())
+    shards = [path.name for path in directory.glob("model-*-of-*.safetensors")]
+    for name in {*shards, *SIDE_FILES, "model.safetensors.index.json"} - files.keys():
+        (directory / name).unlink(missing_ok=True)
