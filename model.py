@@ -19,12 +19,14 @@ import re
 import unicodedata
 from collections import namedtuple
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -68,71 +70,69 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
-def rope_frequencies(config):
+def rope_frequencies(c):
     """Angle per position of each pair of a head's dimensions, (head_dim / 2,), with Llama 3's scaling where it is set."""
-    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    if config.rope_scaling:  # long waves are stretched by `factor`, short ones kept, those between interpolated
-        s = config.rope_scaling
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
+    frequencies = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)
+    if s := c.rope_scaling:  # long waves are stretched by `factor`, short ones kept, those between interpolated
         turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = frequencies * (keep + (1 - keep) / s["factor"])
+        keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+        frequencies = frequencies * torch.lerp(torch.tensor(1 / s["factor"]), torch.tensor(1.0), keep.clamp(0, 1))
     return frequencies
 
 
 def rotate(x, cos, sin):
-    """Rotary positions, the split-halves form of these weights: x (batch, time, heads, head_dim)."""
+    """Rotary positions in the split-halves form of these weights: x (batch, time, heads, head_dim)."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
 class Attention(nn.Module):
+    """Grouped-query attention to a prefix that all rows share, to each row's past, and to the tokens themselves.
+
+    Keys and values are (kv_heads, batch, slots, head_dim): the shared part is one matrix product per kv head.
+    """
+
     def __init__(self, c):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        qkv_bias = c.attention_bias or c.model_type == "qwen2"
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=c.attention_bias and c.model_type != "qwen2")
-        if c.model_type == "qwen3":
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        self.head_dim, bias = c.head_dim, c.attention_bias or c.model_type == "qwen2"
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) if c.model_type == "qwen3" else nn.Identity()
+                                    for _ in range(2))
 
     def forward(self, x, cos, sin, bias, slots, prefix, past):
-        batch, time, _ = x.shape
-        q = rotate(self.q_norm(self.q_proj(x).view(batch, time, self.heads, self.head_dim)), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(x).view(batch, time, self.kv_heads, self.head_dim)), cos, sin)
-        v = self.v_proj(x).view(batch, time, self.kv_heads, self.head_dim)
-        k, v = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)  # (kv_heads, batch, time, head_dim)
-        if past is not None:  # in place while sampling; out of place where autograd needs the old values
-            index = slots[None, :, :, None].expand_as(k)
+        (batch, time, _), d = x.shape, self.head_dim
+        q = rotate(self.q_norm(self.q_proj(x).view(batch, time, -1, d)), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(x).view(batch, time, -1, d)), cos, sin).permute(2, 0, 1, 3)
+        v = self.v_proj(x).view(batch, time, -1, d).permute(2, 0, 1, 3)  # (kv_heads, batch, time, head_dim)
+        if past:  # in place while sampling; out of place where autograd needs the old values
             put = torch.Tensor.scatter if torch.is_grad_enabled() else torch.Tensor.scatter_
-            k, v = put(past[0], 2, index, k), put(past[1], 2, index, v)
-        groups = self.heads // self.kv_heads
-        q = q.view(batch, time, self.kv_heads, groups, self.head_dim).permute(2, 0, 3, 1, 4) * self.head_dim ** -.5
-        q = q.reshape(self.kv_heads, batch, groups * time, self.head_dim)
-        scores = q @ k.transpose(-1, -2)  # (kv_heads, batch, groups * time, slots)
-        scores = (scores.view(self.kv_heads, batch, groups, time, -1) + bias).view_as(scores)
-        if prefix is None:
-            out = scores.softmax(-1) @ v
-        else:
-            shared = q.flatten(1, 2) @ prefix[0][:, 0].transpose(-1, -2)  # (kv_heads, batch * groups * time, prefix)
-            weights = torch.cat([shared.view(*scores.shape[:3], -1), scores], -1).softmax(-1)
-            shared, own = weights.split([shared.shape[-1], scores.shape[-1]], -1)
-            out = own @ v
-            out = out + (shared.flatten(1, 2) @ prefix[1][:, 0]).view_as(out)
-        out = out.view(self.kv_heads, batch, groups, time, self.head_dim).permute(1, 3, 0, 2, 4)
-        return self.o_proj(out.reshape(batch, time, -1)), (k, v)
+            k, v = (put(old, 2, slots[None, :, :, None].expand_as(new), new) for old, new in zip(past, (k, v)))
+        if not (prefix or past):
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(0, 1), v.transpose(0, 1),
+                                                 is_causal=True, enable_gqa=True)  # (batch, heads, time, head_dim)
+            return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1)), (k, v)
+        heads, length = len(k), prefix[0].shape[2]
+        q = (q * d ** -.5).unflatten(2, (heads, -1)).permute(2, 0, 3, 1, 4)  # (kv_heads, batch, groups, time, head_dim)
+        shape, q = q.shape, q.reshape(heads, -1, d)
+        shared = q @ prefix[0][:, 0].mT  # (kv_heads, batch * groups * time, length)
+        own = (q.view(heads, batch, -1, d) @ k.mT).view(*shape[:4], -1) + bias
+        weights = torch.cat([shared.view(*shape[:4], length), own], -1).softmax(-1)
+        shared, own = weights.view(heads, batch, -1, weights.shape[-1]).split([length, own.shape[-1]], -1)
+        out = (own @ v).view(shape) + (shared.flatten(1, 2) @ prefix[1][:, 0]).view(shape)
+        return self.o_proj(out.permute(1, 3, 0, 2, 4).reshape(batch, time, -1)), (k, v)
 
 
 class MLP(nn.Module):
+    """SwiGLU."""
+
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -141,18 +141,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
 
-    def forward(self, x, *positions):
-        attended, kv = self.self_attn(self.input_layernorm(x), *positions)
+    def forward(self, x, *context):
+        attended, kv = self.self_attn(self.input_layernorm(x), *context)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
 
 class Transformer(nn.Module):
+    recompute = False  # activations in the backward pass, where memory is short
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -160,33 +161,30 @@ class Transformer(nn.Module):
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids, prefix=None, past=None, lengths=None, rows=None, keep=False):
+    def forward(self, ids, prefix=None, past=None, lengths=0, rows=None, keep=False):
         """Logits of the next token: ids (batch, time) int64 -> (batch, time, vocabulary).
 
         prefix: keys and values per layer of tokens that stand before every row (batch size one); past: those of each
         row, with free slots behind its `lengths` (batch,) tokens, where the new ones go; rows: indices into the
-        flattened (batch * time) positions: logits for these alone, (rows, vocabulary); keep: return (logits, keys and
-        values per layer). Rows are padded at their end: what stands behind a token never reaches it.
+        flattened (batch * time) positions, to have logits of these alone, (rows, vocabulary); keep: return (logits,
+        keys and values per layer). Rows are padded at their end: what stands behind a token never reaches it.
         """
-        time = ids.shape[1]
-        start = torch.zeros(1, dtype=torch.long, device=ids.device) if lengths is None else lengths
-        slots = start[:, None] + torch.arange(time, device=ids.device)  # (batch or 1, time)
-        positions = slots + (0 if prefix is None else prefix[0][0].shape[2])
-        angles = positions[..., None] * rope_frequencies(self.config).to(ids.device)
-        x = self.model["embed_tokens"](ids)
+        x, c, device = self.model["embed_tokens"](ids), self.config, ids.device
+        slots = torch.as_tensor(lengths, device=device).view(-1, 1) + torch.arange(ids.shape[1], device=device)
+        angles = (slots + (prefix[0][0].shape[2] if prefix else 0))[..., None] * rope_frequencies(c).to(device)  # (batch or 1, time, d / 2)
         cos, sin = (f(torch.cat([angles, angles], -1))[:, :, None].to(x.dtype) for f in (torch.cos, torch.sin))
-        width = time if past is None else past[0][0].shape[2]
-        hidden = torch.arange(width, device=ids.device) > slots[..., None]  # (batch or 1, time, slots)
-        bias = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill(hidden, -torch.inf)[:, None]
+        later = torch.arange(past[0][0].shape[2] if past else ids.shape[1], device=device) > slots[..., None]
+        bias = torch.zeros(later.shape, dtype=x.dtype, device=device).masked_fill(later, -torch.inf)[:, None]
         kept = []
         for i, layer in enumerate(self.model["layers"]):
-            x, kv = layer(x, cos, sin, bias, slots, prefix and prefix[i], past and past[i])
+            run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and x.requires_grad else layer
+            x, kv = run(x, cos, sin, bias, slots, prefix and prefix[i], past and past[i])
             kept.append(kv)
         x = self.model["norm"](x if rows is None else x.flatten(0, 1)[rows])
-        head = self.model["embed_tokens"] if self.lm_head is None else self.lm_head
-        logits = F.linear(x, head.weight)
+        logits = F.linear(x, self.model["embed_tokens"].weight if c.tie_word_embeddings else self.lm_head.weight)
         return (logits, kept) if keep else logits
 
 
@@ -517,7 +515,8 @@ class Tokenizer:
         marker = next((marker for marker in CHATS if marker in self.special), None)
         before, end, after = CHATS.get(marker, ("", "", "\n"))
         self.before, self.after = self._encode_template(before), self._encode_template(end + after)
-        self.no_thought = self._encode_template("<think>\n\n</think>\n\n") if model_type == "qwen3" else []
+        thinks = model_type == "qwen3" and "<think>" in self.special
+        self.no_thought = self._encode_template("<think>\n\n</think>\n\n") if thinks else []
         self.end_ids = frozenset(i for i in [*end_ids, self.special.get(end)] if i is not None)
 
     def _encode_template(self, text):
@@ -527,7 +526,7 @@ class Tokenizer:
     def encode(self, text):
         """Token ids of text; what spells a control token is text like any other."""
         text = unicodedata.normalize("NFC", text) if self.normalizer else text
-        if self.dropped:  # before merging, but after cutting: a run of symbols is one piece, and must stay one
+        if self.dropped:  # before merging but after cutting: a run of symbols is one piece and must stay one
             def rest(run):
                 kept = run[0].translate(self.dropped)
                 return run[0] if kept in ("", " ", "'") else kept  # which would join the letters that follow
