@@ -101,6 +101,12 @@ def held_out_maps(scenario):
     return maps, np.array(weights) / sum(weights)
 
 
+@functools.lru_cache(8192)
+def success_bounds(desc, scenario):
+    """`FrozenLake.success_bounds` of a map (a tuple of rows) in a scenario."""
+    return FrozenLake(desc, scenario.success_rate, scenario.max_steps).success_bounds()
+
+
 def parse_action(text):
     """psi: the action named between the last <action> and its </action>, or None where the text is invalid.
 
