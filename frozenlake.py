@@ -42,19 +42,13 @@ SCENARIOS = {  # the first three are the later public configuration of the paper
 
 
 def solvable(desc):
-    """Can the goal be reached from the start without entering a hole?"""
-    rows, columns = len(desc), len(desc[0])
-    frontier, seen = [(0, 0)], {(0, 0)}
+    """Can the goal be reached from the start, top left, without entering a hole?"""
+    tiles = {(r, c): tile for r, row in enumerate(desc) for c, tile in enumerate(row) if tile != "H"}
+    seen, frontier = set(), {(0, 0)}
     while frontier:
-        row, column = frontier.pop()
-        for down, right in MOVES:
-            r, c = row + down, column + right
-            if 0 <= r < rows and 0 <= c < columns and (r, c) not in seen and desc[r][c] != "H":
-                if desc[r][c] == "G":
-                    return True
-                seen.add((r, c))
-                frontier.append((r, c))
-    return False
+        seen |= frontier
+        frontier = {(r + down, c + right) for r, c in frontier for down, right in MOVES} & tiles.keys() - seen
+    return any(tiles[place] == "G" for place in seen)
 
 
 def random_map(size, p, rng):
@@ -67,8 +61,7 @@ def random_map(size, p, rng):
     for _ in range(100_000):
         tiles = np.where(rng.random((size, size)) < p, "F", "H")
         tiles[0, 0], tiles[-1, -1] = "S", "G"
-        desc = ["".join(row) for row in tiles]
-        if solvable(desc):
+        if solvable(desc := ["".join(row) for row in tiles]):
             return desc
     raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
 
@@ -80,25 +73,20 @@ def is_held_out(desc):
 
 def draw_map(scenario, rng, held_out=False):
     """A random map of the scenario from the training maps, or from the held-out ones."""
-    while True:
-        desc = random_map(scenario.size, scenario.p, rng)
-        if is_held_out(desc) == held_out:
-            return desc
+    while is_held_out(desc := random_map(scenario.size, scenario.p, rng)) != held_out:
+        pass
+    return desc
 
 
 @functools.cache
 def held_out_maps(scenario):
     """Every held-out map of a 4x4 scenario, and the generator's probability of each among them (sums to 1)."""
-    inner = scenario.size ** 2 - 2
-    maps, weights = [], []
-    for tiles in itertools.product("FH", repeat=inner):
-        flat = "S" + "".join(tiles) + "G"
-        desc = [flat[i:i + scenario.size] for i in range(0, len(flat), scenario.size)]
-        if is_held_out(desc) and solvable(desc):
-            holes = flat.count("H")
-            maps.append(desc)
-            weights.append(scenario.p ** (inner - holes) * (1 - scenario.p) ** holes)
-    return maps, np.array(weights) / sum(weights)
+    boards = ["S" + "".join(tiles) + "G" for tiles in itertools.product("FH", repeat=14)]
+    maps = [[board[i:i + 4] for i in (0, 4, 8, 12)] for board in boards]
+    maps = [desc for desc in maps if is_held_out(desc) and solvable(desc)]
+    holes = np.array(["".join(desc).count("H") for desc in maps])
+    weights = scenario.p ** (14 - holes) * (1 - scenario.p) ** holes
+    return maps, weights / weights.sum()
 
 
 @functools.lru_cache(8192)
@@ -145,35 +133,28 @@ class FrozenLake:
         """T and r: [(probability, next_state, reward, terminated), ...] of an action; goal and hole are absorbing."""
         if self.tiles[state] in "GH":
             return [(1.0, state, 0.0, True)]
-        if self.success_rate == 1:
-            return [(1.0, *self._enter(state, action))]
-        slip = (1 - self.success_rate) / 2
-        return [(probability, *self._enter(state, direction % 4)) for probability, direction in
-                ((slip, action - 1), (self.success_rate, action), (slip, action + 1))]
-
-    def _enter(self, state, direction):
-        row, column = divmod(state, self.columns)
-        down, right = MOVES[direction]
-        row = min(max(row + down, 0), self.rows - 1)
-        column = min(max(column + right, 0), self.columns - 1)
-        state = row * self.columns + column
-        return state, float(self.tiles[state] == "G"), self.tiles[state] in "GH"
+        q, side, result = self.success_rate, (1 - self.success_rate) / 2, []
+        for probability, turn in [(1.0, 0)] if q == 1 else [(side, -1), (q, 0), (side, 1)]:
+            down, right = MOVES[(action + turn) % 4]
+            row = min(max(state // self.columns + down, 0), self.rows - 1)
+            column = min(max(state % self.columns + right, 0), self.columns - 1)
+            tile = self.tiles[row * self.columns + column]
+            result.append((probability, row * self.columns + column, float(tile == "G"), tile in "GH"))
+        return result
 
     def step(self, text):
         """Play an answer: (reward, done, valid). One uniform draw decides among the outcomes of a valid action."""
         self.steps += 1
         action, reward, done = parse_action(text), -self.step_cost, False
         if action is None:
-            reward -= self.invalid_penalty
-        else:
-            u = self.rng.random()
-            for probability, state, gain, terminated in self.transitions(self.state, action):
-                u -= probability
-                if u < 0:
-                    break
-            self.state, reward, done = state, reward + gain, terminated
-            self.success = self.tiles[state] == "G"
-        return reward, done or self.steps == self.max_steps, action is not None
+            return reward - self.invalid_penalty, self.steps == self.max_steps, False
+        u = self.rng.random()
+        for probability, state, gain, done in self.transitions(self.state, action):
+            u -= probability
+            if u < 0:
+                break
+        self.state, self.success = state, self.tiles[state] == "G"
+        return reward + gain, done or self.steps == self.max_steps, True
 
     @property
     def instructions(self):

@@ -174,7 +174,8 @@ class Transformer(nn.Module):
         """
         x, c, device = self.model["embed_tokens"](ids), self.config, ids.device
         slots = torch.as_tensor(lengths, device=device).view(-1, 1) + torch.arange(ids.shape[1], device=device)
-        angles = (slots + (prefix[0][0].shape[2] if prefix else 0))[..., None] * rope_frequencies(c).to(device)  # (batch or 1, time, d / 2)
+        positions = slots + (prefix[0][0].shape[2] if prefix else 0)  # (batch or 1, time)
+        angles = positions[..., None] * rope_frequencies(c).to(device)
         cos, sin = (f(torch.cat([angles, angles], -1))[:, :, None].to(x.dtype) for f in (torch.cos, torch.sin))
         later = torch.arange(past[0][0].shape[2] if past else ids.shape[1], device=device) > slots[..., None]
         bias = torch.zeros(later.shape, dtype=x.dtype, device=device).masked_fill(later, -torch.inf)[:, None]
@@ -203,7 +204,7 @@ def encode_prefix(model, ids):
 
 
 def encode_prompts(model, prefix, prompts, room):
-    """Equal prompts once: (index of each prompt's row, next-token logits, keys and values with `room` free slots, lengths)."""
+    """Equal prompts once: (each prompt's row, next-token logits, keys and values with `room` free slots, lengths)."""
     rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     ids, lengths = pad(list(rows), prefix[0][0].device)
     last = torch.arange(len(rows), device=ids.device) * ids.shape[1] + lengths - 1
@@ -214,19 +215,17 @@ def encode_prompts(model, prefix, prompts, room):
 
 @torch.no_grad()
 def generate(model, prefix, prompts, uniforms, limit, end_ids, vocabulary, temperature=1.0):
-    """Continue each prompt (a list of ids after the prefix) until an end token, which is part of the answer, or the limit.
+    """Continue each prompt (a list of ids after the prefix) until an end token, which belongs to the answer, or the limit.
 
     uniforms: (prompts, limit) numbers in [0, 1), one per token, so that what a row samples does not depend on its batch;
     None picks the likeliest token. Returns ids and log-probabilities at `temperature` over the first `vocabulary`
     tokens, a list of lists each. Rows that have said the same so far share one row of the batch; ended ones leave it.
     """
     parent, logits, past, lengths = encode_prompts(model, prefix, prompts, limit - 1)
-    device = logits.device
-    ends = torch.tensor(sorted(end_ids), device=device)
+    device, ends = logits.device, torch.tensor(sorted(end_ids), device=logits.device)
     uniforms = None if uniforms is None else torch.as_tensor(uniforms, dtype=torch.float32, device=device)
-    tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
+    tokens = torch.full((len(prompts), limit), -1, device=device)
     logprobs = torch.zeros(len(prompts), limit, device=device)
-    counts = torch.full((len(prompts),), limit, device=device)
     alive = torch.arange(len(prompts), device=device)  # rows that go on; parent: their row of the batch
     for t in range(limit):
         table = (logits[:, :vocabulary].float() / temperature).log_softmax(-1)
@@ -237,19 +236,18 @@ def generate(model, prefix, prompts, uniforms, limit, end_ids, vocabulary, tempe
             target = uniforms[alive, t:t + 1] * cumulative[:, -1:]
             token = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=table.shape[1] - 1)
         tokens[alive, t], logprobs[alive, t] = token, table[parent, token]
-        ended = torch.isin(token, ends)
-        counts[alive[ended]] = t + 1
-        alive, parent, token = alive[~ended], parent[~ended], token[~ended]
+        going = ~torch.isin(token, ends)
+        alive, parent, token = alive[going], parent[going], token[going]
         if t + 1 == limit or not len(alive):
             break
-        branches, parent_of = (parent * vocabulary + token).unique(return_inverse=True)
-        source, token = branches // vocabulary, branches % vocabulary
+        branches, parent = (parent * vocabulary + token).unique(return_inverse=True)
+        source = branches // vocabulary
         if not torch.equal(source, torch.arange(len(lengths), device=device)):
             past, lengths = [(k[:, source], v[:, source]) for k, v in past], lengths[source]
-        logits = model(token[:, None], prefix, past, lengths)[:, 0]
-        lengths, parent = lengths + 1, parent_of
-    return ([row[:n] for row, n in zip(tokens.tolist(), counts.tolist())],
-            [row[:n] for row, n in zip(logprobs.tolist(), counts.tolist())])
+        logits = model(branches[:, None] % vocabulary, prefix, past, lengths)[:, 0]
+        lengths = lengths + 1
+    counts = (tokens >= 0).sum(1).tolist()
+    return tuple([row[:n] for row, n in zip(x.tolist(), counts)] for x in (tokens, logprobs))
 
 
 def score(model, prefix, prompts, responses, vocabulary, temperature=1.0):
@@ -260,21 +258,17 @@ def score(model, prefix, prompts, responses, vocabulary, temperature=1.0):
     pairs = {pair: i for i, pair in enumerate(dict.fromkeys(zip(map(tuple, prompts), map(tuple, responses))))}
     ids, counts = pad([response for _, response in pairs], prefix[0][0].device)  # (unique, time)
     parent, logits, past, lengths = encode_prompts(model, prefix, [prompt for prompt, _ in pairs], ids.shape[1] - 1)
-    later = torch.arange(1, ids.shape[1], device=ids.device) < counts[:, None]  # tokens behind the first
-    table = (logits[:, :vocabulary].float() / temperature).log_softmax(-1)
-    logprobs, entropies = [table[parent, ids[:, 0]]], [-(table.exp() * table).sum(-1)[parent]]
+    table = (logits[:, :vocabulary].float() / temperature).log_softmax(-1)  # (prompts, vocabulary)
+    logprobs, entropies = table[parent, ids[:, 0]][:, None], -(table.exp() * table).sum(-1)[parent, None]
     if ids.shape[1] > 1:
         past = [(k[:, parent], v[:, parent]) for k, v in past]
-        logits = model(ids[:, :-1], prefix, past, lengths[parent], rows=later.flatten().nonzero()[:, 0])
-        table = (logits[:, :vocabulary].float() / temperature).log_softmax(-1)
-        logprobs.append(table.gather(1, ids[:, 1:][later][:, None])[:, 0])
-        entropies.append(-(table.exp() * table).sum(-1))
-    place = torch.zeros_like(ids)  # of each token of `ids` in the concatenated results
-    place[:, 0] = torch.arange(len(ids), device=ids.device)
-    place[:, 1:][later] = len(ids) + torch.arange(int(later.sum()), device=ids.device)
+        logits = model(ids[:, :-1], prefix, past, lengths[parent])[..., :vocabulary]
+        table = (logits.float() / temperature).log_softmax(-1)  # (unique, time - 1, vocabulary)
+        logprobs = torch.cat([logprobs, table.gather(2, ids[:, 1:, None])[..., 0]], 1)
+        entropies = torch.cat([entropies, -(table.exp() * table).sum(-1)], 1)
     row = torch.tensor([pairs[tuple(p), tuple(r)] for p, r in zip(prompts, responses)], device=ids.device)
-    index = place[row][torch.arange(ids.shape[1], device=ids.device) < counts[row][:, None]]
-    return torch.cat(logprobs)[index], torch.cat(entropies)[index]
+    real = torch.arange(ids.shape[1], device=ids.device) < counts[row, None]
+    return logprobs[row][real], entropies[row][real]
 
 
 def ensure(good, reason):
@@ -531,12 +525,7 @@ class Tokenizer:
                 kept = run[0].translate(self.dropped)
                 return run[0] if kept in ("", " ", "'") else kept  # which would join the letters that follow
             text = re.sub(r" ?(?:[^\w\s]|[_\x1c-\x1f])+", rest, text)
-        try:
-            return [i for i in self.encoding.encode_ordinary(text) if i < self.size]
-        except BaseException as error:  # a panic in tiktoken's Rust is no Exception
-            if type(error).__name__ == "PanicException":
-                raise ValueError(f"tiktoken fails on {text!r:.99}: {error}") from None
-            raise
+        return [i for i in self.encoding.encode_ordinary(text) if i < self.size]
 
     def decode(self, ids):
         """Text of token ids, control tokens by name; ids of no token are left out, broken UTF-8 is U+FFFD."""
@@ -591,16 +580,14 @@ def load_pretrained(directory, dtype=torch.float32):
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
-    head = entries.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if config.tie_word_embeddings:
+        entries.pop("lm_head.weight", None)  # the embedding once more
     wrong = sorted(shapes.keys() ^ entries.keys())
     ensure(not wrong, f"{directory}: tensors that the files lack or the model does not know: {wrong!r:.199}")
     for name, (path, kind, shape, *_) in entries.items():
         good = shape == shapes[name] and kind.is_floating_point
         ensure(good, f"{path}: {name} is {kind} {shape}, where the model has floats {shapes[name]}")
     state = {name: read_tensor(name, entry).to(dtype) for name, entry in entries.items()}
-    if head:
-        same = torch.equal(read_tensor("", head).to(dtype), state["model.embed_tokens.weight"])
-        ensure(same, f"{head.path}: lm_head.weight is not the embedding that tie_word_embeddings says it is")
     model.load_state_dict(state, assign=True)
     if "tokenizer.json" not in files:
         return model, None

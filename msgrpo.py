@@ -51,9 +51,9 @@ class Step:
     """One answer: what was seen and said, in the very tokens that were sampled."""
     prompt: tuple[int, ...]  # behind the instructions
     response: tuple[int, ...]  # the end token included, where there is one
-    logprobs: list[float]  # of the response when it was sampled
-    text: str
-    truncated: bool  # the limit came before an end token
+    logprobs: list[float] = ()  # of the response when it was sampled
+    text: str = ""
+    truncated: bool = False  # the limit came before an end token
     reward: float = 0.0
     valid: bool = False
 

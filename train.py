@@ -44,7 +44,8 @@ class Settings:
     seed: int = setting(0, "of everything random")
     iterations: int = setting(700, "times to play and learn [paper]", 1)
     scenario: str = setting("noslip", "lakes to train on", choices=tuple(SCENARIOS))
-    min_frozen: float = setting(1.0, "training maps have P(frozen) uniform from this to the scenario's; 1: the scenario's", .2, 1)
+    min_frozen: float = setting(1.0, "P(frozen) of training maps is uniform from here to the scenario's", .2, 1)
+    replay: float = setting(0.0, "share of groups on maps where an episode failed when they were last played", 0, 1)
     groups: int = setting(2, "groups an iteration, each on its own map [author]", 1)
     group_size: int = setting(16, "episodes a group, all from the same start [author]", 2)
     sampling: str = setting("aaw", "which episodes to train on", choices=("aaw", "uniform", "all"))
@@ -56,6 +57,7 @@ class Settings:
     entropy_coef: float = setting(.001, "of the entropy bonus, per token in nats [author]")
     learning_rate: float = setting(1e-6, "of AdamW [author]")
     final_learning_rate: float = setting(1.0, "share of it left by linear decay; 1: constant [author]", 0, 1)
+    beta2: float = setting(.999, "of AdamW", 0, .9999999)
     weight_decay: float = setting(.01, "of AdamW [author]")
     grad_clip: float = setting(1.0, "largest norm of a gradient [author]")
     temperature: float = setting(1.25, "of sampling and of scoring alike [author]", 1e-6)
@@ -91,13 +93,15 @@ class Settings:
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=180, groups=64, update_episodes=64,  # it starts from nothing: more episodes, more updates
+    iterations=130, groups=64, group_size=32, update_episodes=64,  # it starts from nothing: more episodes, more updates
     min_frozen=.5,  # where holes are rare, to go right and down without looking pays too well
+    replay=.5,  # soon most groups are all alike, and teach nothing
     normalize_std=False,  # the std blows up groups that are nearly all alike, and soon all are
     entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty keeps it off the answer's form
-    learning_rate=1e-3, final_learning_rate=.05, weight_decay=0.0, temperature=1.0,
+    learning_rate=1.5e-3, final_learning_rate=.05, weight_decay=0.0, temperature=1.0,
+    beta2=.99, grad_clip=.1,  # gradients grow tenfold when the model begins to look at the map: take them as they come
     max_new_tokens=3,  # <action>, a word, </action>
-    dtype="float32", device="cpu", threads=1, warmup_steps=150)
+    dtype="float32", device="cpu", warmup_steps=150)
 
 
 def generator(*key):
@@ -109,9 +113,9 @@ class LanguageAgent:
     """The language-agent policy (msgrpo.Policy): a transformer that reads a game's instructions before every state."""
 
     def __init__(self, model, tokenizer, instructions, settings):
-        self.model, self.tokenizer, self.temperature = model, tokenizer, settings.temperature
+        self.model, self.size, self.ends = model, tokenizer.size, tokenizer.end_ids
+        self.temperature, self.instructions = settings.temperature, tokenizer.prefix(instructions)
         self.max_new_tokens = settings.max_new_tokens or (256 if settings.think else 16)
-        self.instructions = tokenizer.prefix(instructions)
         self.encode = functools.lru_cache(65536)(lambda text: tuple(tokenizer.suffix(text, settings.think)))
         self.decode = functools.lru_cache(65536)(tokenizer.decode)
         self.refresh()
@@ -122,19 +126,19 @@ class LanguageAgent:
         self.prefix, self.greedy = lm.encode_prefix(self.model, self.instructions), {}
 
     def act(self, observations, uniforms):
-        prompts, ends, size = [*map(self.encode, observations)], self.tokenizer.end_ids, self.tokenizer.size
+        prompts = [self.encode(observation) for observation in observations]
         new = prompts if uniforms is not None else [p for p in dict.fromkeys(prompts) if p not in self.greedy]
-        answers = zip(*lm.generate(self.model, self.prefix, new, uniforms, self.max_new_tokens, ends, size,
+        answers = zip(*lm.generate(self.model, self.prefix, new, uniforms, self.max_new_tokens, self.ends, self.size,
                                    self.temperature)) if new else ()
         if uniforms is None:  # the same state has the same greedy answer
             self.greedy.update(zip(new, answers))
             answers = [self.greedy[prompt] for prompt in prompts]
-        return [msgrpo.Step(prompt, tuple(ids), logprobs, self.decode(tuple(ids)), ids[-1] not in ends)
+        return [msgrpo.Step(prompt, tuple(ids), logprobs, self.decode(tuple(ids)), ids[-1] not in self.ends)
                 for prompt, (ids, logprobs) in zip(prompts, answers)]
 
     def score(self, steps):
         return lm.score(self.model, lm.encode_prefix(self.model, self.instructions), [step.prompt for step in steps],
-                        [step.response for step in steps], self.tokenizer.size, self.temperature)
+                        [step.response for step in steps], self.size, self.temperature)
 
 
 class Learner:
@@ -152,9 +156,10 @@ class Learner:
             self.model.to_empty(device=settings.device)
             for weight, low in zip(master.parameters(), self.model.parameters()):
                 low.register_post_accumulate_grad_hook(functools.partial(hand_on_gradient, weight))
-            self.refresh()
         self.model.recompute, self.grad_clip = settings.recompute, settings.grad_clip
-        self.optimizer = torch.optim.AdamW(master.parameters(), weight_decay=settings.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(master.parameters(), betas=(.9, settings.beta2),
+                                           weight_decay=settings.weight_decay, fused=True)
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self):
@@ -162,7 +167,7 @@ class Learner:
             low.copy_(weight)
 
     def update(self, learning_rate):
-        """A step of AdamW on the gradients that are there; returns their norm. If that is not finite, nothing changes."""
+        """A step of AdamW on the gradients there are; returns their norm. If that is not finite, nothing changes."""
         norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.grad_clip).item()
         if math.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -194,26 +199,25 @@ def tiny_start(settings):
     return model, tokenizer
 
 
-def draw_lake(settings, *key):
-    """A function that makes episodes of one game on a training map."""
-    scenario, rng = SCENARIOS[settings.scenario], generator(*key)
+def draw_map(settings, rng):
+    """A training map: P(frozen) uniform between min_frozen and the scenario's."""
+    scenario = SCENARIOS[settings.scenario]
     p = rng.uniform(min(settings.min_frozen, scenario.p), scenario.p)
-    desc = frozenlake.draw_map(dataclasses.replace(scenario, p=p), rng)
-    return lambda *key: settings.lake(scenario, desc, *key)
+    return tuple(frozenlake.draw_map(dataclasses.replace(scenario, p=p), rng))
 
 
-def warm_up(agent, learner, settings):
+def warm_up(agent, tokenizer, learner, settings):
     """In place of pretraining: answers of the right form and *uniformly random* meaning, in random states.
 
-    It teaches to speak, not to play: `evaluate` then measures both.
+    It teaches to speak, not to play; `evaluate` then measures both.
     """
-    answers = [tuple(agent.tokenizer.encode(f"<action>{word}</action>")) for word in frozenlake.ACTIONS]
+    answers = [tuple(tokenizer.encode(f"<action>{word}</action>")) for word in frozenlake.ACTIONS]
     for i in range(settings.warmup_steps):
         rng, steps = generator(settings.seed, i), []
-        for j in range(64):
-            lake = draw_lake(settings, settings.seed, i, j)(0)
+        for _ in range(64):
+            lake = settings.lake(SCENARIOS[settings.scenario], draw_map(settings, rng), 0)
             lake.state = int(rng.choice([state for state, tile in enumerate(lake.tiles) if tile in "SF"]))
-            steps.append(msgrpo.Step(agent.encode(lake.observation()), answers[rng.integers(4)], [], "", False))
+            steps.append(msgrpo.Step(agent.encode(lake.observation()), answers[rng.integers(4)]))
         (-agent.score(steps)[0].mean()).backward()
         learner.update(3e-3 * min(1, (i + 1) / 10, 2 * (1 - i / settings.warmup_steps)))
     agent.refresh()
@@ -243,50 +247,61 @@ def evaluate(agent_of, name, settings, greedy=True):
             "episodes": len(maps), "random": float(uniform), "optimal": float(optimal)}
 
 
-def iterate(agent, learner, settings, iteration):
-    """Play, compare, draw and learn once, the steps 1 to 6 of msgrpo.py; returns the iteration's metrics."""
-    began, s = time.perf_counter(), settings
-    makers = [draw_lake(s, s.seed, iteration, 0, i) for i in range(s.groups)]
-    games = [make(s.seed, iteration, i, j) for i, make in enumerate(makers) for j in range(s.group_size)]
+def iterate(agent, learner, s, iteration, failed):
+    """Play, compare, draw and learn once, the steps 1 to 6 of msgrpo.py; returns the iteration's metrics.
+
+    failed: {map: None}, the last 256 training maps on which an episode failed; kept up to date here. A group whose
+    episodes are all alike teaches nothing; so `replay` of the groups return to maps that are not yet solved.
+    """
+    began, rng = time.perf_counter(), generator(s.seed, iteration, 0)
+    count = min(len(failed), round(s.replay * s.groups))
+    maps = [[*failed][i] for i in rng.choice(len(failed), count, replace=False)] if count else []
+    maps += [draw_map(s, rng) for _ in range(s.groups - count)]
+    games = [s.lake(SCENARIOS[s.scenario], desc, s.seed, iteration, i, j)
+             for i, desc in enumerate(maps) for j in range(s.group_size)]
     agent.refresh()
     episodes = msgrpo.play(agent, games)
     returns = torch.tensor([episode.total_reward for episode in episodes]).view(s.groups, -1)
     advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
-    count = max(1, round(s.keep * len(episodes)))
-    drawn = msgrpo.draw_episodes(advantages, s.sampling, count, generator(s.seed, iteration, 0))
+    drawn = msgrpo.draw_episodes(advantages, s.sampling, max(1, round(s.keep * len(episodes))), rng)
 
     rate = s.learning_rate * (1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate))
     updates, gap = [], None
     if s.dtype != "float32":  # p_old in the numerics of training
         gap = msgrpo.rescore(agent, [episodes[i] for i in drawn], s.micro_batch_tokens)
     for chunk in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ():
-        updates.append(msgrpo.accumulate_gradient(
-            agent, [episodes[i] for i in chunk], advantages[chunk], clip=s.clip, gamma=s.gamma,
-            entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens) | {"grad_norm": learner.update(rate)})
+        means = msgrpo.accumulate_gradient(agent, [episodes[i] for i in chunk], advantages[chunk], clip=s.clip,
+                                           gamma=s.gamma, entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens)
+        updates.append(means | {"grad_norm": learner.update(rate)})
 
+    success = torch.tensor([episode.success for episode in episodes]).view(s.groups, -1)
+    for desc, solved in zip(maps, success.all(1).tolist()):
+        failed.pop(desc, None)
+        failed |= {} if solved else {desc: None}
+    for desc in [*failed][:-256]:
+        del failed[desc]
     steps = [step for episode in episodes for step in episode.steps]
     generated, trained = sum(len(step.response) for step in steps), sum(update["tokens"] for update in updates)
-    success = torch.tensor([episode.success for episode in episodes]).view(s.groups, -1)
-    means = {key: sum(update[key] * update["tokens"] for update in updates) / trained if trained else None
-             for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")}
-    return {"iteration": iteration, "success": success.float().mean().item(), "return": returns.mean().item(),
-            "steps": len(steps) / len(episodes), "valid": sum(step.valid for step in steps) / len(steps),
-            "truncated": sum(step.truncated for step in steps) / len(steps), **means,
+    return {"iteration": iteration, "success": success[count:].float().mean().item() if count < s.groups else None,
+            "return": returns.mean().item(), "steps": len(steps) / len(episodes),
+            **{key: sum(getattr(step, key) for step in steps) / len(steps) for key in ("valid", "truncated")},
+            **{key: sum(update[key] * update["tokens"] for update in updates) / trained if trained else None
+               for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")},
             "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean().item(),
-            "groups_without_success": 1 - success.any(1).float().mean().item(),
-            "drawn_episodes": len(drawn), "trained_episodes": int((advantages[drawn] != 0).sum()), "updates": len(updates),
-            "rollout_logprob_gap": gap, "learning_rate": rate, "generated_tokens": generated, "trained_tokens": trained,
-            "tokens_per_second": (generated + trained) / (time.perf_counter() - began)}
+            "groups_without_success": 1 - success.any(1).float().mean().item(), "replayed_groups": count,
+            "drawn_episodes": len(drawn), "trained_episodes": int((advantages[drawn] != 0).sum()),
+            "updates": len(updates), "rollout_logprob_gap": gap, "learning_rate": rate, "generated_tokens": generated,
+            "trained_tokens": trained, "tokens_per_second": (generated + trained) / (time.perf_counter() - began)}
 
 
-def progress_line(m, settings, gone, left):
+def progress_line(m, settings):
     """An iteration in one line that a person can follow."""
-    share = {key: "-" if m[key] is None else f"{m[key]:.3f}" for key in ("entropy", "clip_share", "grad_norm")}
-    gone, left = (f"{int(s) // 60}:{int(s) % 60:02d}" for s in (gone, left))
-    return (f"{m['iteration']:4d}/{settings.iterations}  success {m['success']:.3f}  return {m['return']:6.3f}  "
-            f"steps {m['steps']:5.2f}  valid {m['valid']:.3f}  truncated {m['truncated']:.3f}  entropy {share['entropy']}  "
-            f"alike {m['zero_variance_groups']:.2f}  clip {share['clip_share']}  grad {share['grad_norm']}  "
-            f"{m['tokens_per_second']:,.0f} tokens/s  {gone} gone, {left} left")
+    m = {key: "-" if value is None else f"{value:.3f}" for key, value in m.items()} | {"i": m["iteration"]}
+    clock, left = (f"{s // 60:.0f}:{s % 60:02.0f}" for s in (float(m["seconds"]), float(m["seconds_left"])))
+    return (f"{m['i']:4d}/{settings.iterations}  success {m['success']}  return {m['return']}  steps {m['steps']}  "
+            f"valid {m['valid']}  truncated {m['truncated']}  entropy {m['entropy']}  alike {m['zero_variance_groups']}  "
+            f"clip {m['clip_share']}  grad {m['grad_norm']}  {float(m['tokens_per_second']):,.0f} tokens/s  "
+            f"{clock} gone, {left} left")
 
 
 def write_json(path, value):
@@ -306,67 +321,63 @@ def start(settings):
 
 def train(out, settings):
     """Train to the last iteration, from state.pt where there is one; then evaluate, save the model and sum up."""
-    began, state, log, stop = time.perf_counter(), out / "state.pt", out / "metrics.jsonl", []
+    clock, path, log, stop = time.perf_counter(), out / "state.pt", out / "metrics.jsonl", []
     learner, tokenizer, agent_of = start(settings)
-    agent = agent_of(settings.lake(SCENARIOS[settings.scenario], frozenlake.MAPS["4x4"]).instructions)
-    if state.exists():
-        progress = load_state(state, learner)
+    agent = agent_of(settings.lake(SCENARIOS[settings.scenario], frozenlake.MAPS["4x4"], 0).instructions)
+    if path.exists():
+        progress, failed = load_state(path, learner)
         print(f"going on after iteration {progress['iteration']} of {settings.iterations}")
     else:
-        warm_up(agent, learner, settings)
-        before = evaluate(agent_of, "noslip", settings, greedy=False)
-        print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; before training, sampled on held-out "
-              f"maps: success {before['success']:.4f} (random player {before['random']:.4f}), "
+        warm_up(agent, tokenizer, learner, settings)
+        before, failed = evaluate(agent_of, "noslip", settings, greedy=False), {}
+        progress = {"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "trained_tokens": 0, "before": before}
+        print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; before training, sampled on "
+              f"held-out maps: success {before['success']:.4f} (a random player {before['random']:.4f}), "
               f"well-formed answers {before['valid']:.4f}", flush=True)
-        progress = {"iteration": 0, "seconds": 0.0, "before": before, "generated_tokens": 0, "trained_tokens": 0}
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    clock -= progress["seconds"]
+    lines = log.read_text().splitlines(keepends=True)[:progress["iteration"]] if log.exists() else []
     with lm.replacing(log) as file:  # what came after the state will come again
-        file.write("".join(lines[:progress["iteration"]]).encode())
-    earlier, first, looped = progress["seconds"], progress["iteration"], time.perf_counter()
+        file.write("".join(lines).encode())
 
     def interrupt(*_):
         if stop:
             raise KeyboardInterrupt
         stop.append(print("stopping after this iteration; once more to stop at once", flush=True))
-    handlers = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for iteration in range(first + 1, settings.iterations + 1):
-            metrics = iterate(agent, learner, settings, iteration)
-            if settings.eval_every and iteration % settings.eval_every == 0:
-                unseen = evaluate(agent_of, "noslip", settings)
-                metrics |= {"unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"]}
-            now = time.perf_counter()
-            progress |= {key: progress[key] + metrics[key] for key in ("generated_tokens", "trained_tokens")}
-            progress |= {"iteration": iteration, "seconds": earlier + now - began}
-            with open(log, "a") as file:
-                file.write(json.dumps(metrics | {"seconds": progress["seconds"]}) + "\n")
-            left = (now - looped) / (iteration - first) * (settings.iterations - iteration)
-            print(progress_line(metrics, settings, progress["seconds"], left), flush=True)
-            if stop or iteration % settings.checkpoint_every == 0 or iteration == settings.iterations:
-                with lm.replacing(state) as file:
-                    torch.save({"progress": progress, "model": learner.master.state_dict(),
-                                "optimizer": learner.optimizer.state_dict()}, file)
-            if stop:
-                print(f"stopped after iteration {iteration}; go on with: python train.py --resume {out}")
-                return 130
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+    handler = signal.signal(signal.SIGINT, interrupt)
+    for iteration in range(progress["iteration"] + 1, settings.iterations + 1):
+        metrics = iterate(agent, learner, settings, iteration, failed)
+        if settings.eval_every and iteration % settings.eval_every == 0:
+            unseen = evaluate(agent_of, "noslip", settings)
+            metrics |= {"unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"]}
+        seconds = time.perf_counter() - clock
+        metrics["seconds_left"] = (seconds - progress["seconds"]) * (settings.iterations - iteration)
+        progress |= {key: progress[key] + metrics[key] for key in ("generated_tokens", "trained_tokens")}
+        progress |= {"iteration": iteration, "seconds": seconds}
+        metrics["seconds"] = seconds
+        with open(log, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        print(progress_line(metrics, settings), flush=True)
+        if stop or iteration % settings.checkpoint_every == 0 or iteration == settings.iterations:
+            with lm.replacing(path) as file:
+                torch.save({"progress": progress, "failed": [*failed], "model": learner.master.state_dict(),
+                            "optimizer": learner.optimizer.state_dict()}, file)
+        if stop:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, handler)
     lm.save_pretrained(out / "model", learner.master, tokenizer)
-    scenarios, seconds = evaluate_all(agent_of, settings), earlier + time.perf_counter() - began
-    unseen = scenarios["noslip"]
-    write_json(out / "summary.json", {
+    scenarios = evaluate_all(agent_of, settings)
+    unseen, seconds = scenarios["noslip"], time.perf_counter() - clock
+    write_json(out / "summary.json", progress | {
         "unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"],
-        "random_success": unseen["random"], "optimal_success": unseen["optimal"], **progress, "seconds": seconds,
+        "random_success": unseen["random"], "optimal_success": unseen["optimal"], "seconds": seconds,
         "seed": settings.seed, "scenarios": scenarios,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
     play_one(agent_of, settings)
     print(f"{seconds:.0f} s; the model is in {out / 'model'}, the figures are in {out / 'summary.json'}")
-    return 0
 
 
 def load_state(path, learner):
-    """Weights and moments into the learner; returns the progress. Raises ValueError where the file is not a state."""
+    """Weights and moments into the learner; returns (progress, failed). Raises ValueError where this is no state."""
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         learner.master.load_state_dict(state["model"])
@@ -374,7 +385,7 @@ def load_state(path, learner):
     except Exception as error:  # torch.load raises whatever the bytes lead it to
         raise ValueError(f"{path} is no state of this run: {str(error).splitlines()[0]}") from None
     learner.refresh()
-    return state["progress"]
+    return state["progress"], dict.fromkeys(state["failed"])
 
 
 def evaluate_all(agent_of, settings):
@@ -391,18 +402,13 @@ def evaluate_all(agent_of, settings):
 def play_one(agent_of, settings):
     """Show one greedy episode on a held-out map, chosen by the seed, move by move."""
     scenario = SCENARIOS[settings.scenario]
-    lake = settings.lake(scenario, frozenlake.draw_map(scenario, generator(settings.seed), held_out=True), settings.seed)
+    desc = frozenlake.draw_map(scenario, generator(settings.seed), held_out=True)
+    lake = settings.lake(scenario, desc, settings.seed)
     agent = agent_of(lake.instructions)
     print(f"\n{lake.instructions}\n")
     for step in msgrpo.play(agent, [lake], greedy=True)[0].steps:
         print(f"{agent.decode(step.prompt)}{step.text}{'' if step.valid else '   (invalid: nothing moves)'}\n")
     print(f"{lake.observation()}\n{'reached' if lake.success else 'did not reach'} the goal in {lake.steps} steps\n")
-
-
-MODES = {"checkpoint": "train a pretrained model: a Hugging Face directory, or a run's folder",
-         "resume": "go on with a run", "eval": "evaluate a run or a model", "play": "watch a run or a model play"}
-PLAYING = {"eval_episodes", "think", "coordinates", "max_new_tokens", "dtype", "device", "threads", "seed", "scenario"}
-USELESS = {"resume": {f.name for f in dataclasses.fields(Settings)}, "eval": {"seed", "scenario"}, "play": {"eval_episodes"}}
 
 
 def parse(argv):
@@ -411,69 +417,65 @@ def parse(argv):
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--tiny", action="store_true", help="train a tiny model from nothing")
-    for mode, text in MODES.items():
-        modes.add_argument(f"--{mode}", metavar="DIR", help=text)
+    modes.add_argument("--checkpoint", metavar="DIR", help="train a pretrained model, or go on from a run's")
+    modes.add_argument("--resume", metavar="DIR", help="go on with a run")
+    modes.add_argument("--eval", metavar="DIR", help="evaluate a run or a model")
+    modes.add_argument("--play", metavar="DIR", help="watch a run or a model play a map that --seed chooses")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: a new numbered one under runs/)")
     for f in dataclasses.fields(Settings)[1:]:
         tiny = f", tiny {TINY[f.name]}" if f.name in TINY else ""
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
             "type": f.type, "choices": f.metadata["choices"], "metavar": f.type.__name__.upper()}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} (default {f.default}{tiny})", **kind)
+        parser.add_argument(f"--{f.name.replace('_', '-')}",
+                            help=f"{f.metadata['help']} (default {f.default}{tiny})", **kind)
     given = vars(parser.parse_args(argv))
-    mode = next(mode for mode in ("tiny", *MODES) if mode in given)
-    folder, out, useless = given.pop(mode), given.pop("out", None), USELESS.get(mode, set())
-    if mode in ("eval", "play"):
-        useless = useless | given.keys() - PLAYING
-    if wrong := [name for name in given if name in useless] + ["out"] * bool(out and mode in USELESS):
+    mode = next(mode for mode in ("tiny", "checkpoint", "resume", "eval", "play") if mode in given)
+    folder, view = given.pop(mode), {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
+    takes = {"resume": set(), "eval": view | {"eval_episodes"}, "play": view | {"seed", "scenario"}}.get(mode, given)
+    if wrong := [name for name in given if name not in takes]:
         parser.error(f"--{mode} takes no --{wrong[0].replace('_', '-')}")
-    return mode, folder, out, given
+    return mode, folder, given.pop("out", None), given
 
 
 def run(argv):
-    """One command; returns the exit status. Raises ValueError or OSError, in one line, on bad input."""
+    """One command. Raises ValueError or OSError, with a message of one line, on bad input."""
     mode, folder, out, given = parse(argv)
-    path = Path(folder if mode != "tiny" else "") / "settings.json"
-    if mode == "resume" and not path.is_file():
-        raise ValueError(f"{folder} is not the folder of a run: it has no settings.json")
-    settings = Settings()
-    if mode in USELESS and path.is_file():
+    home = Path(folder if mode != "tiny" else "")
+    s = Settings(**TINY) if mode == "tiny" else Settings()
+    if mode == "resume" or mode in ("eval", "play") and (home / "settings.json").is_file():
         try:
-            settings = Settings(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from None
+            s = Settings(**json.loads((home / "settings.json").read_text()))
+        except (ValueError, TypeError, OSError) as error:
+            raise ValueError(f"{folder} is not the folder of a run: settings.json: {error}") from None
     if mode == "resume":
-        if not (path.parent / "summary.json").exists():
-            return train(path.parent, settings)
-        print(f"{folder} is complete: see its summary.json")
-        return 0
-    if mode == "tiny":
-        given = TINY | given
-    else:
-        found = [home for home in (path.parent / "model", path.parent) if (home / "config.json").is_file()]
+        done = (home / "summary.json").exists()
+        return print(f"{folder} is complete: see its summary.json") if done else train(home, s)
+    if mode != "tiny":
+        found = [path for path in (home / "model", home) if (path / "config.json").is_file()]
         if not found:
             raise ValueError(f"{folder} is neither a run with a model nor a model: it has no config.json")
         given["checkpoint"] = str(found[0].resolve())
-    s = dataclasses.replace(settings, **given)
+    s = dataclasses.replace(s, **given)
     device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()  # other CPUs emulate bfloat16
     dtype = s.dtype if s.dtype != "auto" else "bfloat16" if fast else "float32"
     s = dataclasses.replace(s, device=device, dtype=dtype, threads=s.threads or torch.get_num_threads())
     if mode in ("eval", "play"):
-        (evaluate_all if mode == "eval" else play_one)(start(s)[2], s)
-        return 0
+        return (evaluate_all if mode == "eval" else play_one)(start(s)[2], s)
     out = Path(out or next(n for n in (f"runs/{i:04d}" for i in itertools.count(1)) if not Path(n).exists()))
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ValueError(f"{out} is not empty: go on with --resume {out}, or choose another --out")
     write_json(out / "settings.json", dataclasses.asdict(s))
-    print(f"this run is {out}", flush=True)
-    return train(out, s)
+    print(f"this run is {out}; if it is stopped, go on with: python train.py --resume {out}", flush=True)
+    train(out, s)
 
 
 def main(argv=None):
     """The command line: 0 for success, 2 for bad use or input, 130 where it was interrupted."""
     try:
-        return run(argv)
+        run(argv)
+        return 0
     except (ValueError, OSError) as error:
         message = str(error)
     except (torch.OutOfMemoryError, MemoryError):
