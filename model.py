@@ -286,6 +286,20 @@ def blaming(path):
         raise ValueError(f"{path}: {kind}{error!s:.500}") from None
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """A file that takes path's place once it is complete and on the disk; an error leaves path as it was."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def parse_json(data):
     """The object in a JSON file's bytes: strict UTF-8, no NaN, no key twice. Call it inside `blaming`."""
     def unique(pairs):
@@ -304,9 +318,9 @@ def parse_config(data):
     """
     raw = parse_json(data)
     raw |= (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
-    for key, *allowed in (("model_type", *FAMILIES), ("hidden_act", "silu", None),
-                          ("rope_type", "llama3", "default", None), ("type", "llama3", "default", None),
-                          ("partial_rotary_factor", 1, None), ("full_attention", None),  # own rope
+    kinds = "llama3", "default", None  # `type` is the older name, `full_attention` a rope of its own
+    for key, *allowed in (("model_type", *FAMILIES), ("rope_type", *kinds), ("type", *kinds),
+                          ("hidden_act", "silu", None), ("partial_rotary_factor", 1, None), ("full_attention", None),
                           ("use_sliding_window", False, None), ("quantization_config", None)):
         ensure(raw.get(key) in allowed, f"{key} is {raw.get(key)!r:.99}, where {allowed} are supported")
     layers = set(re.findall(r"\w+", str(raw.get("layer_types"))))
@@ -314,42 +328,39 @@ def parse_config(data):
 
     def get(key, kind, default=None):
         value = default if raw.get(key) is None else raw[key]
-        good = type(value) in ((int, float) if kind is float else (kind,))  # to isinstance, True is an int
-        good = good and (kind is bool or 0 < value <= (1e15 if kind is float else 1 << 24))
-        ensure(good, f"{key} is {value!r:.99}, which is no {kind.__name__} in range")
+        good = type(value) in (kind, int if kind is float else kind)  # to isinstance, True is an int
+        ensure(good and (kind is bool or 0 < value <= (1e15 if kind is float else 1 << 24)),
+               f"{key} is {value!r:.99}, which is no {kind.__name__} in range")
         return value
 
-    hidden, heads = get("hidden_size", int), get("num_attention_heads", int)
-    head_dim = 128 if raw["model_type"] == "qwen3" and "head_dim" not in raw else hidden // heads
-    defaults = {"num_key_value_heads": heads, "head_dim": head_dim}
-    shape = {key.name: get(key.name, key.type, defaults.get(key.name, key.default)) for key in fields(Config)
-             if key.type in (int, float, bool)}
+    heads, qwen3 = get("num_attention_heads", int), raw["model_type"] == "qwen3"
+    defaults = {"num_key_value_heads": heads,
+                "head_dim": 128 if qwen3 and "head_dim" not in raw else get("hidden_size", int) // heads}
+    shape = {f.name: get(f.name, f.type, defaults.get(f.name, f.default)) for f in fields(Config)
+             if f.type in (int, float, bool)}
     shape["attention_bias"] &= raw["model_type"] != "qwen2"  # which has its own way
     shape["mlp_bias"] &= raw["model_type"] == "llama"
     ensure(heads % shape["num_key_value_heads"] == 0, f"num_key_value_heads does not divide {heads} heads")
     ensure(shape["head_dim"] % 2 == 0, f"head_dim is {shape['head_dim']}, which is odd")
-    if "llama3" in (raw.get("rope_type"), raw.get("type")):  # the latter is older
-        names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-        shape["rope_scaling"] = {"rope_type": "llama3"} | {key: get(key, float) for key in names}
-        ensure(raw["low_freq_factor"] < raw["high_freq_factor"], f"high_freq_factor of {raw!r:.999} is low")
-    return Config(model_type=raw["model_type"], **shape)
+    if "llama3" in (raw.get("rope_type"), raw.get("type")):
+        keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+        shape["rope_scaling"] = {"rope_type": "llama3"} | {key: get(key, float) for key in keys}
+        ensure(raw["low_freq_factor"] < raw["high_freq_factor"], "high_freq_factor is not above low_freq_factor")
+    return Config(raw["model_type"], **shape)
 
 
 def format_config(config, dtype, end_ids):
     """config.json's bytes in the older dialect, which transformers 4 and 5 and vLLM all read."""
     raw = {"bos_token_id": None, "eos_token_id": min(end_ids, default=None)}  # else transformers takes 1, 2
     raw |= json.loads(config.files.get("config.json", b"{}"))
-    raw |= {key.name: getattr(config, key.name) for key in fields(config)} | {"hidden_act": "silu"}
-    raw |= {"architectures": [FAMILIES[config.model_type]], "torch_dtype": str(dtype).removeprefix("torch.")}
-    no_more = ("files", "rope_parameters", "dtype")  # the last two are the newer dialect's
-    return json.dumps({key: value for key, value in raw.items() if key not in no_more}, indent=2).encode()
-
-
-Entry = namedtuple("Entry", "path dtype shape offset nbytes")  # where a tensor lies in a file
+    raw |= {f.name: getattr(config, f.name) for f in fields(config)} | {
+        "hidden_act": "silu", "architectures": [FAMILIES[config.model_type]], "torch_dtype": str(dtype)[6:]}
+    raw = {key: value for key, value in raw.items() if key not in ("files", "rope_parameters", "dtype")}
+    return json.dumps(raw, indent=2).encode()
 
 
 def read_header(path):
-    """{name: Entry} of a safetensors file, in the order of the data, which is not read.
+    """{name: (path, dtype, shape, offset)} of a safetensors file, in the order of the data, which is not read.
 
     The format: 8 little-endian bytes N; N bytes of JSON, {name: {dtype, shape, data_offsets}}; the data.
     """
@@ -366,63 +377,48 @@ def read_header(path):
             good = good and len(shape) <= 64 and math.prod(max(n, 1) for n in shape) < 1 << 63  # strides
             good = good and start + begin == end and math.prod(shape) * dtype.itemsize == stop - begin
             ensure(good, f"tensor {name!r:.99} is {entry!r:.199}, where byte {end - start} is next")
-            entries[name], end = Entry(path, dtype, shape, start + begin, stop - begin), start + stop
+            entries[name], end = (path, dtype, shape, start + begin), start + stop
         ensure(end == size, f"its tensors end at byte {end}, the file at {size}")
     return entries
 
 
-def read_tensor(name, entry):
-    """The tensor of an Entry, allocated once and read into."""
-    tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+def read_tensor(path, dtype, shape, offset):
+    """A tensor of `read_header`, allocated once and read into."""
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     data = tensor.reshape(-1).view(torch.uint8).numpy()  # the same memory
-    with blaming(entry.path), open(entry.path, "rb") as file:
-        file.seek(entry.offset)
-        ensure(file.readinto(data) == entry.nbytes, f"the file ends within tensor {name!r:.99}")
-        ensure(entry.dtype != torch.bool or data.max(initial=0) <= 1, f"a BOOL of {name!r:.99} is not 0 or 1")
+    with blaming(path), open(path, "rb") as file:
+        file.seek(offset)
+        ensure(file.readinto(data) == data.nbytes, "the file ends within a tensor")
+        ensure(dtype != torch.bool or data.max(initial=0) <= 1, "a BOOL is not 0 or 1")
     return tensor
 
 
 def read_safetensors(path):
     """{name: tensor} of a safetensors file. Raises ValueError, with file and reason, if it is malformed."""
-    return {name: read_tensor(name, entry) for name, entry in read_header(path).items()}
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file that takes path's place once it is complete and on the disk; an error leaves path as it was."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return {name: read_tensor(*entry) for name, entry in read_header(path).items()}
 
 
 def write_safetensors(path, tensors):
     """Write {name: tensor} as a safetensors file, sorted by name, one tensor at a time."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names, tensors = {dtype: name for name, dtype in DTYPES.items()}, dict(sorted(tensors.items()))
     header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers 4 insists on it
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors.items():
         ensure(tensor.dtype in names and name not in header, f"{path} cannot hold {name!r} of {tensor.dtype}")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in sorted(tensors.items()):
+        for tensor in tensors.values():
             file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 def find_tensors(directory):
-    """{name: Entry} of model.safetensors, or of the shards that model.safetensors.index.json names."""
-    path, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    """`read_header` of model.safetensors, or of the shards that model.safetensors.index.json names, together."""
+    path, index, entries = directory / "model.safetensors", directory / "model.safetensors.index.json", {}
     if path.exists() or not index.exists():
         return read_header(path)
-    entries = {}
     with blaming(index):
         home = parse_json(index.read_bytes())["weight_map"]
         for shard in set(home.values()):
@@ -434,27 +430,27 @@ def find_tensors(directory):
     return entries
 
 
-# How GPT-2 cuts text into pieces; the same after every digit was cut out, where white space before a digit
-# stays whole; the tiny tokenizer's: a tag; a word, digit or symbol with the space before it; white space.
+# How GPT-2 cuts text into pieces; the same after every digit was cut out, where white space before a digit stays
+# whole; the tiny tokenizer's way: a line of prose, whole, as attention to constant instructions is not for free; a tag;
+# a word, number or symbol with the space before it; white space.
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT_PIECES = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 TINY_PIECES = r"[A-Z][a-z][^\n]*|</?[a-z]+>| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
 CHATS = {  # a control token that tells a template: (before the user's text, end of turn, start of the answer)
     "<|im_start|>": ("<|im_start|>user\n", "<|im_end|>", "\n<|im_start|>assistant\n"),
     "<|start_header_id|>": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
-                            "<|start_header_id|>assistant<|end_header_id|>\n\n")}
+                            "<|start_header_id|>assistant<|end_header_id|>\n\n"), None: ("", None, "\n")}
 # tokenizer.json spells bytes as printable characters: these as themselves, the others from U+0100 on (GPT-2).
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = [*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE)]
-BYTE_OF = {chr(code): byte for code, byte in zip([*PRINTABLE, *range(256, 324)], BYTES)}
+BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
 CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
 
 
 def split_pattern(pre_tokenizer):
     """The regular expression of the pieces into which a tokenizer.json's pre_tokenizer cuts text."""
     *first, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    plain = last["type"] == "ByteLevel" and last["add_prefix_space"] is False
-    match plain, last.get("use_regex", True), first:
+    match last["type"] == "ByteLevel" and last["add_prefix_space"] is False, last.get("use_regex", True), first:
         case True, True, []:
             return GPT2_PIECES
         case True, True, [{"type": "Digits", "individual_digits": True}]:
@@ -467,8 +463,8 @@ def split_pattern(pre_tokenizer):
 def merge_ranks(model, special):
     """{bytes: id} of a tokenizer.json's BPE model without the control tokens.
 
-    tiktoken merges the pair whose result has the lowest id, the file the pair that it lists first: the same
-    where merges make every longer token, in the order of the ids.
+    tiktoken merges the pair whose result has the lowest id, the file the pair that it lists first: the same where
+    merges make every longer token, in the order of the ids.
     """
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         ensure(not model.get(key), f"{key} {model.get(key)!r:.99} is not supported")
@@ -477,54 +473,50 @@ def merge_ranks(model, special):
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     made = [vocab[left + right] for left, right in merges]
     orphans = {i for token, i in vocab.items() if len(token) > 1}.difference(made)
-    good = made == sorted(made) and (model.get("ignore_merges") or not orphans)
-    ensure(good, "merges that leave tokens out or are not in the order of the ids are not supported")
+    ensure(made == sorted(made) and (model.get("ignore_merges") or not orphans),
+           "merges that leave tokens out or are not in the order of the ids are not supported")
     return {bytes(BYTE_OF[char] for char in token): i for token, i in vocab.items()}
 
 
 class Tokenizer:
     """Text <-> token ids by a tiktoken.Encoding made of tokenizer.json's bytes, and the chat around a prompt.
 
-    size: a policy samples ids below it; end_ids: those that end an answer; special: {name: id} of the control
-    tokens, which no text becomes. Call it inside `blaming`.
+    size: a policy samples ids below it; end_ids: those that end an answer; special: {name: id} of the control tokens,
+    which no text becomes. Call it inside `blaming`.
     """
 
     def __init__(self, data, end_ids=(), model_type="llama"):
         self.json, raw = data, parse_json(data)
         self.special = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        self.normalizer, pattern = raw["normalizer"], split_pattern(raw["pre_tokenizer"])
+        self.normalizer, ranks = raw["normalizer"], merge_ranks(raw["model"], self.special)
         ensure(self.normalizer in (None, {"type": "NFC"}), f"normalizer {self.normalizer!r:.99} is not NFC")
-        ranks = merge_ranks(raw["model"], self.special)
         ids = [*ranks.values(), *self.special.values()]
-        good = all(type(i) is int and 0 <= i < 1 << 24 for i in ids) and len(set(ids)) == len(ids)
-        ensure(good and b"" not in ranks, "a token is empty, or its id is not its own")
+        ensure(all(type(i) is int and 0 <= i < 1 << 24 for i in ids) and len(set(ids)) == len(ids) and b"" not in ranks,
+               "a token is empty, or its id is not its own")
         self.bytes_of = {i: token for token, i in ranks.items()}
         self.bytes_of |= {i: name.encode() for name, i in self.special.items()}
         self.size = max(ids) + 1
-        # Bytes that the vocabulary lacks: transformers drops them, tiktoken panics. Give ids from size on.
+        # Bytes that the vocabulary lacks: transformers drops them, tiktoken panics. Here they have ids from size on.
         lacking = [byte for byte in (bytes([i]) for i in range(256)) if byte not in ranks]
         ranks |= {byte: self.size + i for i, byte in enumerate(lacking)}
-        self.dropped = {byte[0]: None for byte in lacking if byte[0] < 128}  # characters by themselves
-        self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        marker = next((marker for marker in CHATS if marker in self.special), None)
-        before, end, after = CHATS.get(marker, ("", "", "\n"))
-        self.before, self.after = self._encode_template(before), self._encode_template(end + after)
+        lost = "".join(f"\\x{byte[0]:02x}" for byte in lacking if byte[0] < 128) or "^\\S\\s"
+        self.lost = re.compile(rf"(?:(?<=[^\w\s])|(?<=[_\x1c-\x1f]))[{lost}]+|[{lost}]+(?=[^\w\s']|[_\x1c-\x1f])")
+        self.encoding = tiktoken.Encoding("", pat_str=split_pattern(raw["pre_tokenizer"]), mergeable_ranks=ranks,
+                                          special_tokens={})
+        before, end, after = next(chat for marker, chat in CHATS.items() if marker in {*self.special, None})
+        self.before, self.after = self._template(before), self._template((end or "") + after)
         thinks = model_type == "qwen3" and "<think>" in self.special
-        self.no_thought = self._encode_template("<think>\n\n</think>\n\n") if thinks else []
-        self.end_ids = frozenset(i for i in [*end_ids, self.special.get(end)] if i is not None)
+        self.no_thought = self._template("<think>\n\n</think>\n\n") if thinks else []
+        self.end_ids = frozenset({*end_ids, self.special.get(end)} - {None})
 
-    def _encode_template(self, text):
+    def _template(self, text):
         parts = re.split("(<[^<>]*>)", text)
         return [i for part in parts for i in ([self.special[part]] if "<" in part else self.encode(part))]
 
     def encode(self, text):
         """Token ids of text; what spells a control token is text like any other."""
         text = unicodedata.normalize("NFC", text) if self.normalizer else text
-        if self.dropped:  # before merging but after cutting: a run of symbols is one piece and must stay one
-            def rest(run):
-                kept = run[0].translate(self.dropped)
-                return run[0] if kept in ("", " ", "'") else kept  # which would join the letters that follow
-            text = re.sub(r" ?(?:[^\w\s]|[_\x1c-\x1f])+", rest, text)
+        text = self.lost.sub("", text)  # within runs of symbols, which are merged without them
         return [i for i in self.encoding.encode_ordinary(text) if i < self.size]
 
     def decode(self, ids):
@@ -542,30 +534,27 @@ class Tokenizer:
 
 def tiny_tokenizer(texts, end):
     """A Tokenizer of the 256 bytes and of the pieces of some texts, of which `end` ends an answer."""
-    pieces = [piece for text in texts for piece in re.findall(TINY_PIECES, text)]
-    spelt = ["".join(CHAR_OF[byte] for byte in piece.encode()) for piece in pieces]
+    spelt = ["".join(CHAR_OF[byte] for byte in piece.encode()) for text in texts for piece in re.findall(TINY_PIECES, text)]
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*map(CHAR_OF.get, range(256)), *spelt]))}
     pairs = [(token[:i], token[i:]) for token in vocab for i in range(1, len(token))]
     merges = [pair for pair in pairs if vocab.keys() >= set(pair)]  # all those that tiktoken finds
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": TINY_PIECES}, "behavior": "Isolated", "invert": False}
     return Tokenizer(json.dumps({
-        "version": "1.0", "added_tokens": [], "normalizer": None, "decoder": byte_level,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges},
-    }).encode(), [vocab[end]])
+        "version": "1.0", "added_tokens": [], "normalizer": None, "decoder": bytes_,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}}).encode(), [vocab[end]])
 
 
 def load_pretrained(directory, dtype=torch.float32):
     """(Transformer in dtype, Tokenizer) of a Hugging Face directory; the second None without tokenizer.json.
 
-    Memory peaks at about the weights' own size: a model on the meta device tells which names and shapes the
-    files must have, then each tensor is allocated once and converted by itself. Raises ValueError, with file
-    and reason, on what is malformed or another kind of model.
+    Memory peaks at about the weights' own size: a model on the meta device tells which names and shapes the files must
+    have, then each tensor is allocated once and converted by itself. Raises ValueError, with file and reason, on what is
+    malformed or another kind of model.
     """
-    directory = Path(directory)
+    directory, ends = Path(directory), []
     files = {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).exists()}
-    ends = []
     for name in ("generation_config.json", "config.json"):
         with blaming(directory / name):
             found = parse_json(files.get(name, b"{}")).get("eos_token_id")
@@ -573,22 +562,21 @@ def load_pretrained(directory, dtype=torch.float32):
             ensure(all(i is None or type(i) is int for i in ends), f"eos_token_id is {found!r:.99}")
     with blaming(directory / "config.json"):
         config = replace(parse_config(files.get("config.json", b"")), files=files)
-    entries = {name: entry for name, entry in find_tensors(directory).items()
-               if not name.endswith("rotary_emb.inv_freq")}  # old Llama files repeat what rope_theta says
-    good = 9 * config.num_hidden_layers <= len(entries)  # before making them: a layer has 9 tensors or more
-    ensure(good, f"{directory}: num_hidden_layers {config.num_hidden_layers} against {len(entries)} tensors")
+    entries = find_tensors(directory)
+    ensure(9 * config.num_hidden_layers <= len(entries),  # before making them: a layer has 9 tensors or more
+           f"{directory}: num_hidden_layers {config.num_hidden_layers} against {len(entries)} tensors")
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        entries.pop("lm_head.weight", None)  # the embedding once more
+    for name in [*entries]:  # the embedding once more, and what old Llama files repeat of rope_theta
+        if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
+            del entries[name]
     wrong = sorted(shapes.keys() ^ entries.keys())
     ensure(not wrong, f"{directory}: tensors that the files lack or the model does not know: {wrong!r:.199}")
-    for name, (path, kind, shape, *_) in entries.items():
-        good = shape == shapes[name] and kind.is_floating_point
-        ensure(good, f"{path}: {name} is {kind} {shape}, where the model has floats {shapes[name]}")
-    state = {name: read_tensor(name, entry).to(dtype) for name, entry in entries.items()}
-    model.load_state_dict(state, assign=True)
+    for name, (path, kind, shape, _) in entries.items():
+        ensure(shape == shapes[name] and kind.is_floating_point,
+               f"{path}: {name} is {kind} {shape}, where the model has floats {shapes[name]}")
+    model.load_state_dict({name: read_tensor(*entry).to(dtype) for name, entry in entries.items()}, assign=True)
     if "tokenizer.json" not in files:
         return model, None
     with blaming(directory / "tokenizer.json"):
@@ -600,15 +588,14 @@ def load_pretrained(directory, dtype=torch.float32):
 def save_pretrained(directory, model, tokenizer):
     """Write a directory that load_pretrained, transformers and vLLM read; tokenizer may be None.
 
-    The files that the model was loaded with are carried over. All are complete beside their places before the
-    first takes its own, so an interruption leaves an earlier checkpoint whole.
+    The files that the model was loaded with are carried over. All are complete beside their places before the first
+    takes its own, so an interruption leaves an earlier checkpoint whole.
     """
-    directory, files, end_ids = Path(directory), dict(model.config.files), set()
+    directory, files, end_ids = Path(directory), dict(model.config.files), tokenizer.end_ids if tokenizer else set()
     if tokenizer:
-        end_ids, files["tokenizer.json"] = tokenizer.end_ids, tokenizer.json
-        end = tokenizer.decode([min(end_ids)]) if end_ids else None
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-        files.setdefault("tokenizer_config.json", json.dumps(settings).encode())
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast",
+                    "eos_token": tokenizer.decode([min(end_ids)]) if end_ids else None}
+        files = {"tokenizer_config.json": json.dumps(settings).encode()} | files | {"tokenizer.json": tokenizer.json}
     files["config.json"] = format_config(model.config, next(model.parameters()).dtype, end_ids)
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
