@@ -59,12 +59,8 @@ class Config:
     files: dict = field(default_factory=dict, repr=False, compare=False)  # SIDE_FILES read, name -> bytes
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) in float32, cast back, times the weight."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
@@ -96,11 +92,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, bias = c.head_dim, c.attention_bias or c.model_type == "qwen2"
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
+        self.k_proj, self.v_proj = (nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias) for _ in "kv")
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias)
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) if c.model_type == "qwen3" else nn.Identity()
-                                    for _ in range(2))
+        norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
+        self.q_norm, self.k_norm = (norm(c.head_dim, c.rms_norm_eps) for _ in "qk")
 
     def forward(self, x, cos, sin, bias, slots, prefix, past):
         (batch, time, _), d = x.shape, self.head_dim
@@ -130,8 +125,7 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.gate_proj, self.up_proj = (nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias) for _ in range(2))
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x):
@@ -281,9 +275,11 @@ def blaming(path):
     """Whatever the contents of the file at path do wrong inside is raised as a ValueError that names it."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
         kind = "" if type(error) is ValueError else f"malformed or not supported, {type(error).__name__}: "
-        raise ValueError(f"{path}: {kind}{error!s:.500}") from None
+        raise ValueError(f"{path}: {kind}{' '.join(str(error).split())[:500]}") from None
 
 
 @contextlib.contextmanager
@@ -464,18 +460,13 @@ def merge_ranks(model, special):
     """{bytes: id} of a tokenizer.json's BPE model without the control tokens.
 
     tiktoken merges the pair whose result has the lowest id, the file the pair that it lists first: the same where
-    merges make every longer token, in the order of the ids.
+    the merges are in the order of the ids.
     """
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        ensure(not model.get(key), f"{key} {model.get(key)!r:.99} is not supported")
     ensure(model["type"] == "BPE", f"model type {model['type']!r:.99} is not BPE")
-    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    made = [vocab[left + right] for left, right in merges]
-    orphans = {i for token, i in vocab.items() if len(token) > 1}.difference(made)
-    ensure(made == sorted(made) and (model.get("ignore_merges") or not orphans),
-           "merges that leave tokens out or are not in the order of the ids are not supported")
-    return {bytes(BYTE_OF[char] for char in token): i for token, i in vocab.items()}
+    merges = [merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
+    made = [model["vocab"][merge] for merge in merges]
+    ensure(made == sorted(made), "merges that are not in the order of the ids are not supported")
+    return {bytes(BYTE_OF[char] for char in token): i for token, i in model["vocab"].items() if token not in special}
 
 
 class Tokenizer:
@@ -490,17 +481,15 @@ class Tokenizer:
         self.special = {token["content"]: token["id"] for token in raw["added_tokens"]}
         self.normalizer, ranks = raw["normalizer"], merge_ranks(raw["model"], self.special)
         ensure(self.normalizer in (None, {"type": "NFC"}), f"normalizer {self.normalizer!r:.99} is not NFC")
-        ids = [*ranks.values(), *self.special.values()]
-        ensure(all(type(i) is int and 0 <= i < 1 << 24 for i in ids) and len(set(ids)) == len(ids) and b"" not in ranks,
-               "a token is empty, or its id is not its own")
-        self.bytes_of = {i: token for token, i in ranks.items()}
-        self.bytes_of |= {i: name.encode() for name, i in self.special.items()}
-        self.size = max(ids) + 1
+        self.bytes_of = {i: token for token, i in (ranks | {s.encode(): i for s, i in self.special.items()}).items()}
+        good = all(type(i) is int and 0 <= i < 1 << 24 for i in self.bytes_of) and b"" not in ranks
+        ensure(good and len(self.bytes_of) == len({*ranks} | {*self.special}), "a token is empty, or its id not its own")
+        self.size = max(self.bytes_of) + 1
         # Bytes that the vocabulary lacks: transformers drops them, tiktoken panics. Here they have ids from size on.
         lacking = [byte for byte in (bytes([i]) for i in range(256)) if byte not in ranks]
         ranks |= {byte: self.size + i for i, byte in enumerate(lacking)}
         lost = "".join(f"\\x{byte[0]:02x}" for byte in lacking if byte[0] < 128) or "^\\S\\s"
-        self.lost = re.compile(rf"(?:(?<=[^\w\s])|(?<=[_\x1c-\x1f]))[{lost}]+|[{lost}]+(?=[^\w\s']|[_\x1c-\x1f])")
+        self.lost = re.compile(rf"(?:(?<=[^\w\s])|(?<=[_\x1c-\x1f]))[{lost}]+|[{lost}]+(?=[^\w\s]|[_\x1c-\x1f])")
         self.encoding = tiktoken.Encoding("", pat_str=split_pattern(raw["pre_tokenizer"]), mergeable_ranks=ranks,
                                           special_tokens={})
         before, end, after = next(chat for marker, chat in CHATS.items() if marker in {*self.special, None})

@@ -73,6 +73,7 @@ class Policy(Protocol):
 class Episode:
     steps: list[Step] = field(default_factory=list)
     success: bool = False
+    done: bool = False
 
     @property
     def total_reward(self):
@@ -90,14 +91,11 @@ def play(policy, games, greedy=False):
     while live:
         uniforms = None if greedy else np.stack([game.rng.random(policy.max_new_tokens) for game, _ in live])
         steps = policy.act([game.observation() for game, _ in live], uniforms)
-        going = []
-        for (game, episode), step in zip(live, steps):
-            step.reward, done, step.valid = game.step(step.text)
+        for step, (game, episode) in zip(steps, live):
+            step.reward, episode.done, step.valid = game.step(step.text)
             episode.steps.append(step)
             episode.success = game.success
-            if not done:
-                going.append((game, episode))
-        live = going
+        live = [(game, episode) for game, episode in live if not episode.done]
     return episodes
 
 
@@ -151,19 +149,15 @@ def clipped_objective(logprobs, old_logprobs, advantages, clip):
 
 
 def micro_batches(steps, budget):
-    """Indices of steps in lists of about `budget` tokens at most, by length, equal prompts together and counted once."""
-    order = sorted(range(len(steps)), key=lambda i: (len(steps[i].response), len(steps[i].prompt), steps[i].prompt))
-    batch, size, previous = [], 0, None
-    for i in order:
-        step = steps[i]
-        cost = len(step.response) + (len(step.prompt) if step.prompt != previous else 0)
-        if batch and size + cost > budget:
-            yield batch
-            batch, size, cost = [], 0, len(step.response) + len(step.prompt)
-        batch.append(i)
-        size, previous = size + cost, step.prompt
-    if batch:
-        yield batch
+    """Lists of indices of steps, by length and prompt, each of about `budget` tokens at most."""
+    size, batches = 0, [[]]
+    for i in sorted(range(len(steps)), key=lambda i: (len(steps[i].response), len(steps[i].prompt), steps[i].prompt)):
+        tokens = len(steps[i].prompt) + len(steps[i].response)
+        if size + tokens > budget and batches[-1]:
+            size, batches = 0, [*batches, []]
+        batches[-1].append(i)
+        size += tokens
+    return batches if steps else []
 
 
 @torch.no_grad()
@@ -175,11 +169,10 @@ def rescore(policy, episodes, budget=16384):
     steps = [step for episode in episodes for step in episode.steps]
     gap = 0.0
     for batch in micro_batches(steps, budget):
-        scored = policy.score([steps[i] for i in batch])[0].tolist()
+        scored = iter(policy.score([steps[i] for i in batch])[0].tolist())
         for i in batch:
-            new, scored = scored[:len(steps[i].response)], scored[len(steps[i].response):]
-            gap += sum(abs(a - b) for a, b in zip(new, steps[i].logprobs))
-            steps[i].logprobs = new
+            sampled, steps[i].logprobs = steps[i].logprobs, [next(scored) for _ in steps[i].response]
+            gap += sum(abs(a - b) for a, b in zip(sampled, steps[i].logprobs))
     return gap / max(1, sum(len(step.response) for step in steps))
 
 

@@ -10,7 +10,6 @@ Face directory) and summary.json. Random numbers follow from (seed, iteration, e
 a resumed run goes on bit for bit.
 """
 import argparse
-import dataclasses
 import functools
 import itertools
 import json
@@ -19,7 +18,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ from frozenlake import SCENARIOS, FrozenLake
 
 
 def setting(default, text, low=0, high=math.inf, choices=None):
-    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+    return field(default=default, metadata={"help": text, "range": (low, high, choices)})
 
 
 @dataclass
@@ -44,10 +43,9 @@ class Settings:
     seed: int = setting(0, "of everything random")
     iterations: int = setting(700, "times to play and learn [paper]", 1)
     scenario: str = setting("noslip", "lakes to train on", choices=tuple(SCENARIOS))
-    min_frozen: float = setting(1.0, "P(frozen) of training maps is uniform from here to the scenario's", .2, 1)
-    replay: float = setting(0.0, "share of groups on maps where an episode failed when they were last played", 0, 1)
     groups: int = setting(2, "groups an iteration, each on its own map [author]", 1)
     group_size: int = setting(16, "episodes a group, all from the same start [author]", 2)
+    replay: float = setting(0.0, "share of groups on maps where an episode failed when last played", 0, 1)
     sampling: str = setting("aaw", "which episodes to train on", choices=("aaw", "uniform", "all"))
     keep: float = setting(.5, "share of the episodes that aaw and uniform draw", 1e-9, 1)
     update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
@@ -74,34 +72,31 @@ class Settings:
     checkpoint_every: int = setting(20, "iterations between states to resume from", 1)
     eval_every: int = setting(0, "iterations between evaluations on noslip; 0: at the end alone")
     eval_episodes: int = setting(1000, "of each scenario that slips or is larger", 1)
-    warmup_steps: int = setting(0, "supervised steps on uniformly random answers, in place of pretraining")
+    warmup_steps: int = setting(0, "steps of next-token prediction on the game's text, in place of pretraining")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, m, name = getattr(self, f.name), f.metadata, f"--{f.name.replace('_', '-')}"
-            if type(value) not in (f.type, int if f.type is float else f.type):
-                raise ValueError(f"{name} {value!r} is no {f.type.__name__}")
-            if f.type in (int, float) and not m["low"] <= value <= m["high"]:
-                raise ValueError(f"{name} {value} is not in [{m['low']}, {m['high']}]")
-            if m["choices"] and value not in m["choices"]:
-                raise ValueError(f"{name} {value} is none of {', '.join(m['choices'])}")
+        for f in fields(self):
+            value, (low, high, choices) = getattr(self, f.name), f.metadata["range"]
+            good = type(value) in (f.type, int if f.type is float else f.type) and value in (choices or [value])
+            lm.ensure(good and (f.type in (str, bool) or low <= value <= high),
+                      f"--{f.name.replace('_', '-')} {value} is not {choices or f'in [{low}, {high}]'}")
 
-    def lake(self, scenario, desc, *key):
+    def lake(self, desc, *key, scenario=None):
         """The game on one map, with this run's text and rewards; its random numbers follow from the key."""
+        scenario = SCENARIOS[scenario or self.scenario]
         return FrozenLake(desc, scenario.success_rate, scenario.max_steps, generator(*key), self.invalid_penalty,
                           self.step_cost, self.coordinates, self.think)
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=130, groups=64, group_size=32, update_episodes=64,  # it starts from nothing: more episodes, more updates
-    min_frozen=.5,  # where holes are rare, to go right and down without looking pays too well
+    iterations=180, groups=64, group_size=32, update_episodes=64,  # it starts from nothing: play more, update more
     replay=.5,  # soon most groups are all alike, and teach nothing
     normalize_std=False,  # the std blows up groups that are nearly all alike, and soon all are
     entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty keeps it off the answer's form
     learning_rate=1.5e-3, final_learning_rate=.05, weight_decay=0.0, temperature=1.0,
-    beta2=.99, grad_clip=.1,  # gradients grow tenfold when the model begins to look at the map: take them as they come
+    beta2=.99, grad_clip=.1,  # gradients grow tenfold when the model begins to look at the map
     max_new_tokens=3,  # <action>, a word, </action>
-    dtype="float32", device="cpu", warmup_steps=150)
+    dtype="float32", device="cpu", warmup_steps=250)
 
 
 def generator(*key):
@@ -185,10 +180,10 @@ def hand_on_gradient(weight, low):
 
 def tiny_start(settings):
     """A new tiny model and its tokenizer, whose words are the game's."""
-    lakes = [settings.lake(s, ["S" + "F" * (s.size - 1), *["H" * s.size] * (s.size - 2), "F" * (s.size - 1) + "G"])
-             for s in SCENARIOS.values()]
-    texts = [text for lake in lakes for text in (lake.instructions, lake.observation())]
-    tokenizer = lm.tiny_tokenizer(texts + [f"<action>{word}</action>" for word in frozenlake.ACTIONS], "</action>")
+    texts = ["P _ O G\n_ P O G", *(f"<action>{word}</action>" for word in frozenlake.ACTIONS)]
+    for name, s in SCENARIOS.items():
+        texts.append(settings.lake(["S" + "G" * (s.size - 1), *["G" * s.size] * (s.size - 1)], scenario=name).instructions)
+    tokenizer = lm.tiny_tokenizer(texts, "</action>")
     model = lm.Transformer(lm.Config("llama", tokenizer.size, 48, 96, num_hidden_layers=3, num_attention_heads=4,
                                      num_key_value_heads=2, head_dim=12, rope_theta=100.0, tie_word_embeddings=True))
     torch.manual_seed(settings.seed)
@@ -199,45 +194,38 @@ def tiny_start(settings):
     return model, tokenizer
 
 
-def draw_map(settings, rng):
-    """A training map: P(frozen) uniform between min_frozen and the scenario's."""
-    scenario = SCENARIOS[settings.scenario]
-    p = rng.uniform(min(settings.min_frozen, scenario.p), scenario.p)
-    return tuple(frozenlake.draw_map(dataclasses.replace(scenario, p=p), rng))
-
-
 def warm_up(agent, tokenizer, learner, settings):
-    """In place of pretraining: answers of the right form and *uniformly random* meaning, in random states.
+    """In place of pretraining: next-token prediction on states of training maps, answered *uniformly at random*.
 
-    It teaches to speak, not to play; `evaluate` then measures both.
+    It teaches to read and to speak, not to play: `evaluate` then measures both.
     """
-    answers = [tuple(tokenizer.encode(f"<action>{word}</action>")) for word in frozenlake.ACTIONS]
+    skip = len(agent.instructions)
     for i in range(settings.warmup_steps):
-        rng, steps = generator(settings.seed, i), []
+        rng, rows = generator(settings.seed, i), []
         for _ in range(64):
-            lake = settings.lake(SCENARIOS[settings.scenario], draw_map(settings, rng), 0)
+            lake = settings.lake(frozenlake.draw_map(SCENARIOS[settings.scenario], rng))
             lake.state = int(rng.choice([state for state, tile in enumerate(lake.tiles) if tile in "SF"]))
-            steps.append(msgrpo.Step(agent.encode(lake.observation()), answers[rng.integers(4)]))
-        (-agent.score(steps)[0].mean()).backward()
+            answer = tokenizer.encode(f"<action>{rng.choice(frozenlake.ACTIONS)}</action>")
+            rows.append([*agent.instructions, *agent.encode(lake.observation()), *answer])
+        ids, lengths = lm.pad(rows, settings.device)
+        targets = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None], -100)[:, skip:]
+        logits = learner.model(ids)[:, skip - 1:-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
         learner.update(3e-3 * min(1, (i + 1) / 10, 2 * (1 - i / settings.warmup_steps)))
-    agent.refresh()
 
 
 def evaluate(agent_of, name, settings, greedy=True):
     """Success on held-out maps of a scenario, beside that of the random and of the optimal player, as a dict of figures.
 
-    4x4 without slipping: each held-out map once, so a greedy figure is exact; `success` weights a map by its probability,
-    `unweighted` does not. Else `eval_episodes` episodes, the same every time, with half the width of a 95 % interval.
+    4x4 without slipping: each held-out map once, so a greedy figure is exact; `success` weights a map by its
+    probability, `unweighted` does not. Else `eval_episodes` episodes, the same every time, with half the width of a
+    95 % interval.
     """
-    scenario = SCENARIOS[name]
+    scenario, rng = SCENARIOS[name], generator(0)
     exact = scenario.size == 4 and scenario.success_rate == 1
-    if exact:
-        maps, weights = frozenlake.held_out_maps(scenario)
-    else:
-        rng = generator(0)
-        maps = [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(settings.eval_episodes)]
-        weights = np.full(len(maps), 1 / len(maps))
-    lakes = [settings.lake(scenario, desc, i) for i, desc in enumerate(maps)]
+    maps = [] if exact else [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(settings.eval_episodes)]
+    maps, weights = frozenlake.held_out_maps(scenario) if exact else (maps, np.full(len(maps), 1 / len(maps)))
+    lakes = [settings.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
     episodes = msgrpo.play(agent_of(lakes[0].instructions), lakes, greedy)
     success = np.array([episode.success for episode in episodes], float)
     mean, valid = float(weights @ success), [step.valid for episode in episodes for step in episode.steps]
@@ -250,15 +238,14 @@ def evaluate(agent_of, name, settings, greedy=True):
 def iterate(agent, learner, s, iteration, failed):
     """Play, compare, draw and learn once, the steps 1 to 6 of msgrpo.py; returns the iteration's metrics.
 
-    failed: {map: None}, the last 256 training maps on which an episode failed; kept up to date here. A group whose
+    failed: the last 256 training maps on which an episode failed, kept up to date here. A group whose
     episodes are all alike teaches nothing; so `replay` of the groups return to maps that are not yet solved.
     """
     began, rng = time.perf_counter(), generator(s.seed, iteration, 0)
     count = min(len(failed), round(s.replay * s.groups))
-    maps = [[*failed][i] for i in rng.choice(len(failed), count, replace=False)] if count else []
-    maps += [draw_map(s, rng) for _ in range(s.groups - count)]
-    games = [s.lake(SCENARIOS[s.scenario], desc, s.seed, iteration, i, j)
-             for i, desc in enumerate(maps) for j in range(s.group_size)]
+    maps = [failed[i] for i in rng.choice(len(failed), count, replace=False)] if count else []
+    maps += [frozenlake.draw_map(SCENARIOS[s.scenario], rng) for _ in range(s.groups - count)]
+    games = [s.lake(desc, s.seed, iteration, i, j) for i, desc in enumerate(maps) for j in range(s.group_size)]
     agent.refresh()
     episodes = msgrpo.play(agent, games)
     returns = torch.tensor([episode.total_reward for episode in episodes]).view(s.groups, -1)
@@ -266,20 +253,17 @@ def iterate(agent, learner, s, iteration, failed):
     drawn = msgrpo.draw_episodes(advantages, s.sampling, max(1, round(s.keep * len(episodes))), rng)
 
     rate = s.learning_rate * (1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate))
-    updates, gap = [], None
-    if s.dtype != "float32":  # p_old in the numerics of training
-        gap = msgrpo.rescore(agent, [episodes[i] for i in drawn], s.micro_batch_tokens)
+    updates = []
+    gap = None if s.dtype == "float32" else msgrpo.rescore(  # p_old in the numerics of training
+        agent, [episodes[i] for i in drawn], s.micro_batch_tokens)
     for chunk in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ():
         means = msgrpo.accumulate_gradient(agent, [episodes[i] for i in chunk], advantages[chunk], clip=s.clip,
                                            gamma=s.gamma, entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens)
         updates.append(means | {"grad_norm": learner.update(rate)})
 
     success = torch.tensor([episode.success for episode in episodes]).view(s.groups, -1)
-    for desc, solved in zip(maps, success.all(1).tolist()):
-        failed.pop(desc, None)
-        failed |= {} if solved else {desc: None}
-    for desc in [*failed][:-256]:
-        del failed[desc]
+    failed[:] = [desc for desc in failed if desc not in maps]
+    failed[:] = (failed + [desc for desc, solved in zip(maps, success.all(1).tolist()) if not solved])[-256:]
     steps = [step for episode in episodes for step in episode.steps]
     generated, trained = sum(len(step.response) for step in steps), sum(update["tokens"] for update in updates)
     return {"iteration": iteration, "success": success[count:].float().mean().item() if count < s.groups else None,
@@ -294,14 +278,14 @@ def iterate(agent, learner, s, iteration, failed):
             "trained_tokens": trained, "tokens_per_second": (generated + trained) / (time.perf_counter() - began)}
 
 
-def progress_line(m, settings):
+def progress_line(metrics, settings, left):
     """An iteration in one line that a person can follow."""
-    m = {key: "-" if value is None else f"{value:.3f}" for key, value in m.items()} | {"i": m["iteration"]}
-    clock, left = (f"{s // 60:.0f}:{s % 60:02.0f}" for s in (float(m["seconds"]), float(m["seconds_left"])))
-    return (f"{m['i']:4d}/{settings.iterations}  success {m['success']}  return {m['return']}  steps {m['steps']}  "
-            f"valid {m['valid']}  truncated {m['truncated']}  entropy {m['entropy']}  alike {m['zero_variance_groups']}  "
-            f"clip {m['clip_share']}  grad {m['grad_norm']}  {float(m['tokens_per_second']):,.0f} tokens/s  "
-            f"{clock} gone, {left} left")
+    m = {key: "-" if value is None else f"{value:.3f}" for key, value in metrics.items()}
+    gone, left = (f"{int(s) // 60}:{int(s) % 60:02d}" for s in (metrics["seconds"], left))
+    return (f"{metrics['iteration']:4d}/{settings.iterations}  success {m['success']}  return {m['return']}  "
+            f"steps {m['steps']}  valid {m['valid']}  truncated {m['truncated']}  entropy {m['entropy']}  "
+            f"alike {m['zero_variance_groups']}  clip {m['clip_share']}  grad {m['grad_norm']}  "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s  {gone} gone, {left} left")
 
 
 def write_json(path, value):
@@ -313,8 +297,7 @@ def start(settings):
     """What a run begins with: (Learner, Tokenizer, a function from instructions to a LanguageAgent)."""
     torch.set_num_threads(settings.threads)
     master, tokenizer = lm.load_pretrained(settings.checkpoint) if settings.checkpoint else tiny_start(settings)
-    if tokenizer is None:
-        raise ValueError(f"{settings.checkpoint} has no tokenizer.json: there is no text without one")
+    lm.ensure(tokenizer, f"{settings.checkpoint} has no tokenizer.json: there is no text without one")
     learner = Learner(master, settings)
     return learner, tokenizer, lambda instructions: LanguageAgent(learner.model, tokenizer, instructions, settings)
 
@@ -323,17 +306,22 @@ def train(out, settings):
     """Train to the last iteration, from state.pt where there is one; then evaluate, save the model and sum up."""
     clock, path, log, stop = time.perf_counter(), out / "state.pt", out / "metrics.jsonl", []
     learner, tokenizer, agent_of = start(settings)
-    agent = agent_of(settings.lake(SCENARIOS[settings.scenario], frozenlake.MAPS["4x4"], 0).instructions)
+    agent = agent_of(settings.lake(frozenlake.MAPS["4x4"]).instructions)
     if path.exists():
-        progress, failed = load_state(path, learner)
+        with lm.blaming(path):
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            learner.master.load_state_dict(state["model"])
+            learner.optimizer.load_state_dict(state["optimizer"])
+        learner.refresh()
+        progress = state["progress"]
         print(f"going on after iteration {progress['iteration']} of {settings.iterations}")
     else:
         warm_up(agent, tokenizer, learner, settings)
-        before, failed = evaluate(agent_of, "noslip", settings, greedy=False), {}
-        progress = {"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "trained_tokens": 0, "before": before}
+        before = evaluate(agent_of, "noslip", settings, greedy=False)
         print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; before training, sampled on "
               f"held-out maps: success {before['success']:.4f} (a random player {before['random']:.4f}), "
               f"well-formed answers {before['valid']:.4f}", flush=True)
+        progress = {"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "trained_tokens": 0, "before": before, "failed": []}
     clock -= progress["seconds"]
     lines = log.read_text().splitlines(keepends=True)[:progress["iteration"]] if log.exists() else []
     with lm.replacing(log) as file:  # what came after the state will come again
@@ -345,47 +333,34 @@ def train(out, settings):
         stop.append(print("stopping after this iteration; once more to stop at once", flush=True))
     handler = signal.signal(signal.SIGINT, interrupt)
     for iteration in range(progress["iteration"] + 1, settings.iterations + 1):
-        metrics = iterate(agent, learner, settings, iteration, failed)
+        metrics = iterate(agent, learner, settings, iteration, progress["failed"])
         if settings.eval_every and iteration % settings.eval_every == 0:
             unseen = evaluate(agent_of, "noslip", settings)
             metrics |= {"unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"]}
-        seconds = time.perf_counter() - clock
-        metrics["seconds_left"] = (seconds - progress["seconds"]) * (settings.iterations - iteration)
+        metrics["seconds"] = time.perf_counter() - clock
+        left = (metrics["seconds"] - progress["seconds"]) * (settings.iterations - iteration)
         progress |= {key: progress[key] + metrics[key] for key in ("generated_tokens", "trained_tokens")}
-        progress |= {"iteration": iteration, "seconds": seconds}
-        metrics["seconds"] = seconds
+        progress |= {key: metrics[key] for key in ("iteration", "seconds")}
         with open(log, "a") as file:
             file.write(json.dumps(metrics) + "\n")
-        print(progress_line(metrics, settings), flush=True)
+        print(progress_line(metrics, settings, left), flush=True)
         if stop or iteration % settings.checkpoint_every == 0 or iteration == settings.iterations:
             with lm.replacing(path) as file:
-                torch.save({"progress": progress, "failed": [*failed], "model": learner.master.state_dict(),
+                torch.save({"progress": progress, "model": learner.master.state_dict(),
                             "optimizer": learner.optimizer.state_dict()}, file)
         if stop:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, handler)
     lm.save_pretrained(out / "model", learner.master, tokenizer)
+    del progress["failed"]
     scenarios = evaluate_all(agent_of, settings)
-    unseen, seconds = scenarios["noslip"], time.perf_counter() - clock
+    unseen, peak = scenarios["noslip"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     write_json(out / "summary.json", progress | {
         "unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"],
-        "random_success": unseen["random"], "optimal_success": unseen["optimal"], "seconds": seconds,
-        "seed": settings.seed, "scenarios": scenarios,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+        "random_success": unseen["random"], "optimal_success": unseen["optimal"], "seed": settings.seed,
+        "seconds": time.perf_counter() - clock, "peak_memory_mb": peak, "scenarios": scenarios})
     play_one(agent_of, settings)
-    print(f"{seconds:.0f} s; the model is in {out / 'model'}, the figures are in {out / 'summary.json'}")
-
-
-def load_state(path, learner):
-    """Weights and moments into the learner; returns (progress, failed). Raises ValueError where this is no state."""
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        learner.master.load_state_dict(state["model"])
-        learner.optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        raise ValueError(f"{path} is no state of this run: {str(error).splitlines()[0]}") from None
-    learner.refresh()
-    return state["progress"], dict.fromkeys(state["failed"])
+    print(f"{time.perf_counter() - clock:.0f} s; see {out / 'summary.json'}, the model is in {out / 'model'}")
 
 
 def evaluate_all(agent_of, settings):
@@ -401,9 +376,8 @@ def evaluate_all(agent_of, settings):
 
 def play_one(agent_of, settings):
     """Show one greedy episode on a held-out map, chosen by the seed, move by move."""
-    scenario = SCENARIOS[settings.scenario]
-    desc = frozenlake.draw_map(scenario, generator(settings.seed), held_out=True)
-    lake = settings.lake(scenario, desc, settings.seed)
+    desc = frozenlake.draw_map(SCENARIOS[settings.scenario], generator(settings.seed), held_out=True)
+    lake = settings.lake(desc, settings.seed)
     agent = agent_of(lake.instructions)
     print(f"\n{lake.instructions}\n")
     for step in msgrpo.play(agent, [lake], greedy=True)[0].steps:
@@ -411,62 +385,59 @@ def play_one(agent_of, settings):
     print(f"{lake.observation()}\n{'reached' if lake.success else 'did not reach'} the goal in {lake.steps} steps\n")
 
 
+MODES = {"checkpoint": "train a pretrained model, or go on from a run's", "resume": "go on with a run",
+         "eval": "evaluate a run or a model", "play": "watch a run or a model play a map that --seed chooses"}
+VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
+TAKES = {"resume": set(), "eval": VIEW | {"eval_episodes"}, "play": VIEW | {"seed", "scenario"}}  # the others take all
+
+
 def parse(argv):
     """(mode, its folder, out or None, {setting: value given}); leaves with status 2 on bad use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     modes = parser.add_mutually_exclusive_group(required=True)
-    modes.add_argument("--tiny", action="store_true", help="train a tiny model from nothing")
-    modes.add_argument("--checkpoint", metavar="DIR", help="train a pretrained model, or go on from a run's")
-    modes.add_argument("--resume", metavar="DIR", help="go on with a run")
-    modes.add_argument("--eval", metavar="DIR", help="evaluate a run or a model")
-    modes.add_argument("--play", metavar="DIR", help="watch a run or a model play a map that --seed chooses")
+    modes.add_argument("--tiny", action="store_const", const=".", help="train a tiny model from nothing")
+    for mode, text in MODES.items():
+        modes.add_argument(f"--{mode}", metavar="DIR", help=text)
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: a new numbered one under runs/)")
-    for f in dataclasses.fields(Settings)[1:]:
-        tiny = f", tiny {TINY[f.name]}" if f.name in TINY else ""
+    for f in fields(Settings)[1:]:
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
-            "type": f.type, "choices": f.metadata["choices"], "metavar": f.type.__name__.upper()}
-        parser.add_argument(f"--{f.name.replace('_', '-')}",
-                            help=f"{f.metadata['help']} (default {f.default}{tiny})", **kind)
+            "type": f.type, "choices": f.metadata["range"][2], "metavar": f.type.__name__.upper()}
+        text = f"{f.metadata['help']} (default {f.default}" + (f", tiny {TINY[f.name]})" if f.name in TINY else ")")
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, **kind)
     given = vars(parser.parse_args(argv))
-    mode = next(mode for mode in ("tiny", "checkpoint", "resume", "eval", "play") if mode in given)
-    folder, view = given.pop(mode), {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
-    takes = {"resume": set(), "eval": view | {"eval_episodes"}, "play": view | {"seed", "scenario"}}.get(mode, given)
-    if wrong := [name for name in given if name not in takes]:
+    mode = next(mode for mode in ("tiny", *MODES) if mode in given)
+    folder = given.pop(mode)
+    if wrong := sorted(given.keys() - TAKES.get(mode, given.keys())):
         parser.error(f"--{mode} takes no --{wrong[0].replace('_', '-')}")
-    return mode, folder, given.pop("out", None), given
+    return mode, Path(folder), given.pop("out", None), given
 
 
 def run(argv):
     """One command. Raises ValueError or OSError, with a message of one line, on bad input."""
     mode, folder, out, given = parse(argv)
-    home = Path(folder if mode != "tiny" else "")
-    s = Settings(**TINY) if mode == "tiny" else Settings()
-    if mode == "resume" or mode in ("eval", "play") and (home / "settings.json").is_file():
-        try:
-            s = Settings(**json.loads((home / "settings.json").read_text()))
-        except (ValueError, TypeError, OSError) as error:
-            raise ValueError(f"{folder} is not the folder of a run: settings.json: {error}") from None
+    s, path = Settings(**TINY) if mode == "tiny" else Settings(), folder / "settings.json"
+    if mode == "resume" or mode in TAKES and path.exists():
+        with lm.blaming(path):
+            s = Settings(**lm.parse_json(path.read_bytes()))
     if mode == "resume":
-        done = (home / "summary.json").exists()
-        return print(f"{folder} is complete: see its summary.json") if done else train(home, s)
+        done = (folder / "summary.json").exists()
+        return print(f"{folder} is complete: see its summary.json") if done else train(folder, s)
     if mode != "tiny":
-        found = [path for path in (home / "model", home) if (path / "config.json").is_file()]
-        if not found:
-            raise ValueError(f"{folder} is neither a run with a model nor a model: it has no config.json")
-        given["checkpoint"] = str(found[0].resolve())
-    s = dataclasses.replace(s, **given)
+        found = [str(home) for home in (folder / "model", folder) if (home / "config.json").is_file()]
+        lm.ensure(found, f"{folder} is neither a run with a model nor a model: it has no config.json")
+        given["checkpoint"] = found[0]
+    s = replace(s, **given)
     device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()  # other CPUs emulate bfloat16
     dtype = s.dtype if s.dtype != "auto" else "bfloat16" if fast else "float32"
-    s = dataclasses.replace(s, device=device, dtype=dtype, threads=s.threads or torch.get_num_threads())
-    if mode in ("eval", "play"):
+    s = replace(s, device=device, dtype=dtype, threads=s.threads or torch.get_num_threads())
+    if mode in TAKES:
         return (evaluate_all if mode == "eval" else play_one)(start(s)[2], s)
     out = Path(out or next(n for n in (f"runs/{i:04d}" for i in itertools.count(1)) if not Path(n).exists()))
     out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: go on with --resume {out}, or choose another --out")
-    write_json(out / "settings.json", dataclasses.asdict(s))
+    lm.ensure(not any(out.iterdir()), f"{out} is not empty: go on with --resume {out}, or choose another --out")
+    write_json(out / "settings.json", asdict(s))
     print(f"this run is {out}; if it is stopped, go on with: python train.py --resume {out}", flush=True)
     train(out, s)
 
@@ -477,14 +448,14 @@ def main(argv=None):
         run(argv)
         return 0
     except (ValueError, OSError) as error:
-        message = str(error)
+        status, message = 2, error
     except (torch.OutOfMemoryError, MemoryError):
-        message = ("out of memory: lower --micro-batch-tokens, --groups or --group-size, or set --recompute; "
-                   "results/memory.py CONFIG computes what a run needs")
+        status, message = 2, ("out of memory: lower --micro-batch-tokens, --groups or --group-size, or set --recompute; "
+                              "results/memory.py CONFIG computes what a run needs")
     except KeyboardInterrupt:
-        message = "interrupted"
+        status, message = 130, "interrupted"
     print(f"train.py: {message}", file=sys.stderr)
-    return 130 if message == "interrupted" else 2
+    return status
 
 
 if __name__ == "__main__":

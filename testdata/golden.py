@@ -1,5 +1,5 @@
-"""Makes the other files of this folder: small checkpoints of random weights with the logits of transformers, and
-small tokenizers with the ids of the tokenizers library. The tests need these files, not this script.
+"""Makes the other files of this folder: small checkpoints of random weights with the logits of transformers,
+and small tokenizers with the ids of the tokenizers library. The tests need these files, not this script.
 
     pip install transformers && python testdata/golden.py        (last run with transformers 5.23.0)
 """
@@ -44,17 +44,19 @@ CORPUS = ["the cat sat on the mat. P _ O\n_ _ G\n\n  12 34   user's don't we'll 
           "привет!!! <action>left"]
 TEXTS = [
     "", " ", "the cat sat on the mat", "The   mat\n\n  sat\t\n", "1234 12.5 -7", "a1b22c333", "  42  7\n8",
-    "it's IT'S we'LL", "<|im_start|>user<|im_end|>", "é e\u0301 \u212b", "日本語 한국어", "Привет, мир",
-    "😀👨\u200d👩\u200d👧", "x\x00y\x04z", "\r\n\r\n a", "\u00a0\u3000b", "P _ O\n_ _ G", "<action>left</action>",
-    "!!!???", "   ", "\n\n\n", "½Ⅷ²٣", "don't", "mat.\n\nP", "ﬁ", "\u2028x", "ab" * 20]
+    "it's IT'S we'LL", "<|im_start|>user<|im_end|>", "é e\u0301 \u212b", "日本語 한국어",
+    "Привет, мир", "😀👨\u200d👩\u200d👧", "x\x00y\x04z", "\r\n\r\n a", "\u00a0\u3000b", "P _ O\n_ _ G",
+    "<action>left</action>", "!!!???", "   ", "\n\n\n", "½Ⅷ²٣", "don't", "mat.\n\nP", "ﬁ", "\u2028x", "ab" * 20]
 
 torch.manual_seed(0)
 golden = {}
 for name, (config, older, shard) in CHECKPOINTS.items():
     model = AutoModelForCausalLM.from_config(config).eval()
     for key, weight in model.named_parameters():
-        weight.data = torch.randn_like(weight) * .3 + ("norm" in key)
+        weight.data = (torch.randn_like(weight) * .3 + ("norm" in key)).bfloat16().float()  # exact in both dtypes
     model.tie_weights()
+    ids = torch.randint(0, 29, (1, 24))  # past the 16 positions that the scaled rope began with
+    golden |= {f"{name}.ids": ids, f"{name}.logits": model(ids).logits.detach()[:, ::3].clone()}
     model.bfloat16().save_pretrained(HERE / name, max_shard_size=shard)
     (HERE / name / "generation_config.json").unlink()
     path = HERE / name / "config.json"
@@ -64,8 +66,6 @@ for name, (config, older, shard) in CHECKPOINTS.items():
         raw |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": raw.pop("dtype"),
                 "rope_scaling": rope if rope["rope_type"] == "llama3" else None}
     path.write_text(json.dumps(raw))
-    ids = torch.randint(0, 29, (1, 24))  # past the 16 positions that the scaled rope began with
-    golden |= {f"{name}.ids": ids, f"{name}.logits": model.float()(ids).logits.detach()[:, ::3].clone()}
 save_file(golden, HERE / "logits.safetensors")
 
 for name, (steps, normalizer, control) in TOKENIZERS.items():
