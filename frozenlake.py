@@ -95,6 +95,19 @@ def success_bounds(desc, scenario):
     return FrozenLake(desc, scenario.success_rate, scenario.max_steps).success_bounds()
 
 
+@functools.lru_cache(65536)
+def render(tiles, columns, state, coordinates):
+    """A state as a grid of symbols, with the positions of player, holes and goal above it or not."""
+    cells = [{"H": "O", "G": "G"}.get(tile, "_") for tile in tiles]
+    cells[state] = "P"
+    grid = "\n".join(" ".join(cells[i:i + columns]) for i in range(0, len(cells), columns))
+    if not coordinates:
+        return grid
+    where = {symbol: ", ".join(f"({i // columns + 1}, {i % columns + 1})" for i, cell in enumerate(cells)
+                               if cell == symbol) or "none" for symbol in "POG"}
+    return f"(row, column) of you: {where['P']}; holes: {where['O']}; goal: {where['G']}\n{grid}"
+
+
 def parse_action(text):
     """psi: the action named between the last <action> and its </action>, or None where the text is invalid.
 
@@ -163,25 +176,16 @@ class FrozenLake:
         ice = "not slippery: you move as you choose." if q == 1 else (
             f"slippery: you move as you choose with probability {q:.2f}, "
             f"and to either side of it with probability {(1 - q) / 2:.2f} each.")
-        answer = "<action>left</action>, <action>down</action>, <action>right</action> or <action>up</action>"
-        if self.think:
-            answer = f"<think>your thoughts</think><plan>your plan</plan> and then {answer}"
+        thoughts = "<think>your thoughts</think><plan>your plan</plan>" if self.think else ""
         return (f"Cross the frozen lake to the goal without falling into a hole.\n"
                 f"The board has {self.rows} rows and {self.columns} columns. "
                 f"P is you, O is a hole, G is the goal, _ is ice.\n"
                 f"You move one cell a step and have {self.max_steps} steps. The border stops you. The ice is {ice}\n"
-                f"Answer with {answer}.")
+                f"Answer with {thoughts}<action>WORD</action>, where WORD is left, down, right or up.")
 
     def observation(self):
         """phi: the current state as text, and nothing of the past."""
-        cells = [{"H": "O", "G": "G"}.get(tile, "_") for tile in self.tiles]
-        cells[self.state] = "P"
-        grid = "\n".join(" ".join(cells[i:i + self.columns]) for i in range(0, len(cells), self.columns))
-        if not self.coordinates:
-            return grid
-        where = {symbol: ", ".join(f"({i // self.columns + 1}, {i % self.columns + 1})"
-                                   for i, cell in enumerate(cells) if cell == symbol) or "none" for symbol in "POG"}
-        return f"(row, column) of you: {where['P']}; holes: {where['O']}; goal: {where['G']}\n{grid}"
+        return render(self.tiles, self.columns, self.state, self.coordinates)
 
     def success_bounds(self):
         """P(goal within max_steps) from the start: (of the optimal policy, of a uniformly random one).

@@ -89,7 +89,7 @@ class Settings:
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=180, groups=64, group_size=32, update_episodes=64,  # it starts from nothing: play more, update more
+    iterations=200, groups=64, group_size=32, update_episodes=64,  # it starts from nothing: play more, update more
     replay=.5,  # soon most groups are all alike, and teach nothing
     normalize_std=False,  # the std blows up groups that are nearly all alike, and soon all are
     entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty keeps it off the answer's form
