@@ -187,8 +187,13 @@ def pad(sequences, device):
     """Lists of ids -> (batch, longest) int64, zeros behind each, and their lengths (batch,)."""
     lengths = torch.tensor([len(s) for s in sequences])
     ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
-    ids[torch.arange(ids.shape[1]) < lengths[:, None]] = torch.tensor([token for s in sequences for token in s])
+    ids[within(lengths, ids.shape[1])] = torch.tensor([token for s in sequences for token in s])
     return ids.to(device), lengths.to(device)
+
+
+def within(lengths, width):
+    """Which of `width` positions are within each length: (batch,) -> (batch, width) bool."""
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
 def encode_prefix(model, ids):
@@ -261,7 +266,7 @@ def score(model, prefix, prompts, responses, vocabulary, temperature=1.0):
         logprobs = torch.cat([logprobs, table.gather(2, ids[:, 1:, None])[..., 0]], 1)
         entropies = torch.cat([entropies, -(table.exp() * table).sum(-1)], 1)
     row = torch.tensor([pairs[tuple(p), tuple(r)] for p, r in zip(prompts, responses)], device=ids.device)
-    real = torch.arange(ids.shape[1], device=ids.device) < counts[row, None]
+    real = within(counts, ids.shape[1])[row]
     return logprobs[row][real], entropies[row][real]
 
 

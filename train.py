@@ -1,13 +1,13 @@
-"""Train a language model to cross frozen lakes by MS-GRPO, evaluate it on maps that it has never seen, watch it play.
+"""Train a language model to cross frozen lakes by MS-GRPO, evaluate it on lakes it has never seen, watch it play.
 
     python train.py --tiny                      a transformer from nothing, on a laptop's CPU
-    python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama directory in Hugging Face's format
+    python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama directory as Hugging Face has it
     python train.py --resume DIR                go on with a run that was stopped or killed
     python train.py --eval DIR, or --play DIR   what a run or a checkpoint can do, in figures or move by move
 
-A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.pt (to resume from), model/ (a Hugging
-Face directory) and summary.json. Random numbers follow from (seed, iteration, episode), not from what was drawn before:
-a resumed run goes on bit for bit.
+A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.pt (to resume from), model/ (in
+Hugging Face's format) and summary.json. Random numbers follow from (seed, iteration, episode), not from what was
+drawn before: a resumed run goes on bit for bit.
 """
 import argparse
 import functools
@@ -36,8 +36,8 @@ def setting(default, text, low=0, high=math.inf, choices=None):
 
 @dataclass
 class Settings:
-    """All settings of a run, with units. Defaults are for pretrained models of some billion parameters: [author] marks
-    those of the later public trainer of the paper's first author, [paper] those of its abstract; the rest is ours.
+    """All settings of a run. Defaults are for pretrained models of some billion parameters: [author] marks those of
+    the later public trainer of the paper's first author, [paper] those of its abstract; the rest is ours.
     """
     checkpoint: str = setting("", "pretrained model's directory; empty: the tiny model")
     seed: int = setting(0, "of everything random")
@@ -72,27 +72,27 @@ class Settings:
     checkpoint_every: int = setting(20, "iterations between states to resume from", 1)
     eval_every: int = setting(0, "iterations between evaluations on noslip; 0: at the end alone")
     eval_episodes: int = setting(1000, "of each scenario that slips or is larger", 1)
-    warmup_steps: int = setting(0, "steps of next-token prediction on the game's text, in place of pretraining")
+    warmup_steps: int = setting(0, "steps of next-token prediction on the game's text, for want of pretraining")
 
     def __post_init__(self):
         for f in fields(self):
             value, (low, high, choices) = getattr(self, f.name), f.metadata["range"]
-            good = type(value) in (f.type, int if f.type is float else f.type) and value in (choices or [value])
+            good = type(value) in {f.type, int if f.type is float else f.type} and value in (choices or [value])
             lm.ensure(good and (f.type in (str, bool) or low <= value <= high),
                       f"--{f.name.replace('_', '-')} {value} is not {choices or f'in [{low}, {high}]'}")
 
     def lake(self, desc, *key, scenario=None):
         """The game on one map, with this run's text and rewards; its random numbers follow from the key."""
-        scenario = SCENARIOS[scenario or self.scenario]
-        return FrozenLake(desc, scenario.success_rate, scenario.max_steps, generator(*key), self.invalid_penalty,
-                          self.step_cost, self.coordinates, self.think)
+        s = SCENARIOS[scenario or self.scenario]
+        return FrozenLake(desc, s.success_rate, s.max_steps, generator(*key), self.invalid_penalty, self.step_cost,
+                          self.coordinates, self.think)
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=200, groups=64, group_size=32, update_episodes=64,  # it starts from nothing: play more, update more
+    iterations=200, groups=64, group_size=32, update_episodes=64,  # who starts from nothing needs more of all
     replay=.5,  # soon most groups are all alike, and teach nothing
     normalize_std=False,  # the std blows up groups that are nearly all alike, and soon all are
-    entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty keeps it off the answer's form
+    entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty the answers' form
     learning_rate=1.5e-3, final_learning_rate=.05, weight_decay=0.0, temperature=1.0,
     beta2=.99, grad_clip=.1,  # gradients grow tenfold when the model begins to look at the map
     max_new_tokens=3,  # <action>, a word, </action>
@@ -100,12 +100,12 @@ TINY = dict(  # what differs for a model that is born here, and why
 
 
 def generator(*key):
-    """The numpy Generator of a key of integers. Its length is a part of it: SeedSequence takes (1,) for (1, 0)."""
+    """The numpy Generator of a key of integers, whose length counts: SeedSequence takes (1,) for (1, 0)."""
     return np.random.default_rng([len(key), *key])
 
 
 class LanguageAgent:
-    """The language-agent policy (msgrpo.Policy): a transformer that reads a game's instructions before every state."""
+    """The language-agent policy (msgrpo.Policy): a transformer that reads the instructions before every state."""
 
     def __init__(self, model, tokenizer, instructions, settings):
         self.model, self.size, self.ends = model, tokenizer.size, tokenizer.end_ids
@@ -117,14 +117,14 @@ class LanguageAgent:
 
     @torch.no_grad()
     def refresh(self):
-        """After an update: run the instructions, which all prompts share, through the weights as they are now."""
+        """After an update: run the instructions, which all prompts share, through the weights as they are."""
         self.prefix, self.greedy = lm.encode_prefix(self.model, self.instructions), {}
 
     def act(self, observations, uniforms):
         prompts = [self.encode(observation) for observation in observations]
         new = prompts if uniforms is not None else [p for p in dict.fromkeys(prompts) if p not in self.greedy]
-        answers = zip(*lm.generate(self.model, self.prefix, new, uniforms, self.max_new_tokens, self.ends, self.size,
-                                   self.temperature)) if new else ()
+        answers = zip(*lm.generate(self.model, self.prefix, new, uniforms, self.max_new_tokens, self.ends,
+                                   self.size, self.temperature)) if new else ()
         if uniforms is None:  # the same state has the same greedy answer
             self.greedy.update(zip(new, answers))
             answers = [self.greedy[prompt] for prompt in prompts]
@@ -132,15 +132,16 @@ class LanguageAgent:
                 for prompt, (ids, logprobs) in zip(prompts, answers)]
 
     def score(self, steps):
-        return lm.score(self.model, lm.encode_prefix(self.model, self.instructions), [step.prompt for step in steps],
-                        [step.response for step in steps], self.size, self.temperature)
+        prompts, responses = zip(*((step.prompt, step.response) for step in steps))
+        prefix = lm.encode_prefix(self.model, self.instructions)
+        return lm.score(self.model, prefix, prompts, responses, self.size, self.temperature)
 
 
 class Learner:
-    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and is differentiated.
+    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and has gradients.
 
-    An update of relative size 1e-6 vanishes in bfloat16: what is trained and saved is float32. A bfloat16 model is a copy
-    that takes the weights over after each update, and hands on each gradient as soon as it is there.
+    An update of relative size 1e-6 vanishes in bfloat16: what is trained and saved is float32. A bfloat16 model is a
+    copy that takes the weights over after each update, and hands on each gradient as soon as it is there.
     """
 
     def __init__(self, master, settings):
@@ -162,7 +163,7 @@ class Learner:
             low.copy_(weight)
 
     def update(self, learning_rate):
-        """A step of AdamW on the gradients there are; returns their norm. If that is not finite, nothing changes."""
+        """A step of AdamW on the gradients; returns their norm. Where that is not finite, nothing changes."""
         norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.grad_clip).item()
         if math.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -181,21 +182,21 @@ def hand_on_gradient(weight, low):
 def tiny_start(settings):
     """A new tiny model and its tokenizer, whose words are the game's."""
     texts = ["P _ O G\n_ P O G", *(f"<action>{word}</action>" for word in frozenlake.ACTIONS)]
-    for name, s in SCENARIOS.items():
-        texts.append(settings.lake(["S" + "G" * (s.size - 1), *["G" * s.size] * (s.size - 1)], scenario=name).instructions)
+    boards = {name: ["S" + "G" * (s.size - 1), *["G" * s.size] * (s.size - 1)] for name, s in SCENARIOS.items()}
+    texts += [settings.lake(desc, scenario=name).instructions for name, desc in boards.items()]
     tokenizer = lm.tiny_tokenizer(texts, "</action>")
     model = lm.Transformer(lm.Config("llama", tokenizer.size, 48, 96, num_hidden_layers=3, num_attention_heads=4,
                                      num_key_value_heads=2, head_dim=12, rope_theta=100.0, tie_word_embeddings=True))
     torch.manual_seed(settings.seed)
     for name, weight in model.named_parameters():
-        if weight.dim() == 2:  # a layer keeps the size of its input, a residual branch adds a part, embeddings are small
+        if weight.dim() == 2:  # a layer keeps its input's size, a residual branch adds a part, embeddings are small
             branch = 6 ** -.5 if "o_proj" in name or "down_proj" in name else 1.0
             torch.nn.init.normal_(weight, std=.02 if "embed" in name else branch * weight.shape[1] ** -.5)
     return model, tokenizer
 
 
 def warm_up(agent, tokenizer, learner, settings):
-    """In place of pretraining: next-token prediction on states of training maps, answered *uniformly at random*.
+    """For want of pretraining: next-token prediction on states of training maps, answered *uniformly at random*.
 
     It teaches to read and to speak, not to play: `evaluate` then measures both.
     """
@@ -208,23 +209,22 @@ def warm_up(agent, tokenizer, learner, settings):
             answer = tokenizer.encode(f"<action>{rng.choice(frozenlake.ACTIONS)}</action>")
             rows.append([*agent.instructions, *agent.encode(lake.observation()), *answer])
         ids, lengths = lm.pad(rows, settings.device)
-        targets = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None], -100)[:, skip:]
-        logits = learner.model(ids)[:, skip - 1:-1]
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        logits, real = learner.model(ids)[:, skip - 1:-1], lm.within(lengths, ids.shape[1])[:, skip:]
+        torch.nn.functional.cross_entropy(logits[real], ids[:, skip:][real]).backward()
         learner.update(3e-3 * min(1, (i + 1) / 10, 2 * (1 - i / settings.warmup_steps)))
 
 
 def evaluate(agent_of, name, settings, greedy=True):
-    """Success on held-out maps of a scenario, beside that of the random and of the optimal player, as a dict of figures.
+    """Success on a scenario's held-out maps, beside that of a random and of the optimal player, as a dict of figures.
 
     4x4 without slipping: each held-out map once, so a greedy figure is exact; `success` weights a map by its
     probability, `unweighted` does not. Else `eval_episodes` episodes, the same every time, with half the width of a
     95 % interval.
     """
-    scenario, rng = SCENARIOS[name], generator(0)
+    scenario, rng, n = SCENARIOS[name], generator(0), settings.eval_episodes
     exact = scenario.size == 4 and scenario.success_rate == 1
-    maps = [] if exact else [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(settings.eval_episodes)]
-    maps, weights = frozenlake.held_out_maps(scenario) if exact else (maps, np.full(len(maps), 1 / len(maps)))
+    maps, weights = frozenlake.held_out_maps(scenario) if exact else (
+        [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(n)], np.full(n, 1 / n))
     lakes = [settings.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
     episodes = msgrpo.play(agent_of(lakes[0].instructions), lakes, greedy)
     success = np.array([episode.success for episode in episodes], float)
@@ -245,37 +245,39 @@ def iterate(agent, learner, s, iteration, failed):
     count = min(len(failed), round(s.replay * s.groups))
     maps = [failed[i] for i in rng.choice(len(failed), count, replace=False)] if count else []
     maps += [frozenlake.draw_map(SCENARIOS[s.scenario], rng) for _ in range(s.groups - count)]
-    games = [s.lake(desc, s.seed, iteration, i, j) for i, desc in enumerate(maps) for j in range(s.group_size)]
+    keys = itertools.product(range(s.groups), range(s.group_size))
+    games = [s.lake(maps[i], s.seed, iteration, i, j) for i, j in keys]
     agent.refresh()
     episodes = msgrpo.play(agent, games)
     returns = torch.tensor([episode.total_reward for episode in episodes]).view(s.groups, -1)
     advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
     drawn = msgrpo.draw_episodes(advantages, s.sampling, max(1, round(s.keep * len(episodes))), rng)
 
-    rate = s.learning_rate * (1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate))
-    updates = []
-    gap = None if s.dtype == "float32" else msgrpo.rescore(  # p_old in the numerics of training
-        agent, [episodes[i] for i in drawn], s.micro_batch_tokens)
-    for chunk in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ():
-        means = msgrpo.accumulate_gradient(agent, [episodes[i] for i in chunk], advantages[chunk], clip=s.clip,
-                                           gamma=s.gamma, entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens)
-        updates.append(means | {"grad_norm": learner.update(rate)})
+    rate = s.learning_rate * min(1, iteration / 10) * (  # a ramp, as Adam knows little at first; then linear decay
+        1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate))
+    chosen, updates = [episodes[i] for i in drawn], []
+    gap = None if s.dtype == "float32" else msgrpo.rescore(agent, chosen, s.micro_batch_tokens)
+    for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ():
+        updates.append(msgrpo.accumulate_gradient(
+            agent, [episodes[i] for i in part], advantages[part], clip=s.clip, gamma=s.gamma,
+            entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens) | {"grad_norm": learner.update(rate)})
 
     success = torch.tensor([episode.success for episode in episodes]).view(s.groups, -1)
     failed[:] = [desc for desc in failed if desc not in maps]
     failed[:] = (failed + [desc for desc, solved in zip(maps, success.all(1).tolist()) if not solved])[-256:]
     steps = [step for episode in episodes for step in episode.steps]
-    generated, trained = sum(len(step.response) for step in steps), sum(update["tokens"] for update in updates)
+    tokens = {"generated_tokens": sum(len(step.response) for step in steps),
+              "trained_tokens": sum(update["tokens"] for update in updates)}
     return {"iteration": iteration, "success": success[count:].float().mean().item() if count < s.groups else None,
             "return": returns.mean().item(), "steps": len(steps) / len(episodes),
             **{key: sum(getattr(step, key) for step in steps) / len(steps) for key in ("valid", "truncated")},
-            **{key: sum(update[key] * update["tokens"] for update in updates) / trained if trained else None
+            **{key: sum(m[key] * m["tokens"] for m in updates) / tokens["trained_tokens"] if updates else None
                for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")},
             "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean().item(),
             "groups_without_success": 1 - success.any(1).float().mean().item(), "replayed_groups": count,
             "drawn_episodes": len(drawn), "trained_episodes": int((advantages[drawn] != 0).sum()),
-            "updates": len(updates), "rollout_logprob_gap": gap, "learning_rate": rate, "generated_tokens": generated,
-            "trained_tokens": trained, "tokens_per_second": (generated + trained) / (time.perf_counter() - began)}
+            "updates": len(updates), "rollout_logprob_gap": gap, "learning_rate": rate, **tokens,
+            "tokens_per_second": sum(tokens.values()) / (time.perf_counter() - began)}
 
 
 def progress_line(metrics, settings, left):
@@ -296,14 +298,15 @@ def write_json(path, value):
 def start(settings):
     """What a run begins with: (Learner, Tokenizer, a function from instructions to a LanguageAgent)."""
     torch.set_num_threads(settings.threads)
-    master, tokenizer = lm.load_pretrained(settings.checkpoint) if settings.checkpoint else tiny_start(settings)
-    lm.ensure(tokenizer, f"{settings.checkpoint} has no tokenizer.json: there is no text without one")
+    home = settings.checkpoint
+    master, tokenizer = lm.load_pretrained(home) if home else tiny_start(settings)
+    lm.ensure(tokenizer, f"{home} has no tokenizer.json: there is no text without one")
     learner = Learner(master, settings)
-    return learner, tokenizer, lambda instructions: LanguageAgent(learner.model, tokenizer, instructions, settings)
+    return learner, tokenizer, lambda text: LanguageAgent(learner.model, tokenizer, text, settings)
 
 
 def train(out, settings):
-    """Train to the last iteration, from state.pt where there is one; then evaluate, save the model and sum up."""
+    """Train to the last iteration, from state.pt where there is one; evaluate, save the model and sum up."""
     clock, path, log, stop = time.perf_counter(), out / "state.pt", out / "metrics.jsonl", []
     learner, tokenizer, agent_of = start(settings)
     agent = agent_of(settings.lake(frozenlake.MAPS["4x4"]).instructions)
@@ -318,10 +321,11 @@ def train(out, settings):
     else:
         warm_up(agent, tokenizer, learner, settings)
         before = evaluate(agent_of, "noslip", settings, greedy=False)
+        progress = {"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "trained_tokens": 0, "before": before,
+                    "failed": []}
         print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; before training, sampled on "
               f"held-out maps: success {before['success']:.4f} (a random player {before['random']:.4f}), "
               f"well-formed answers {before['valid']:.4f}", flush=True)
-        progress = {"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "trained_tokens": 0, "before": before, "failed": []}
     clock -= progress["seconds"]
     lines = log.read_text().splitlines(keepends=True)[:progress["iteration"]] if log.exists() else []
     with lm.replacing(log) as file:  # what came after the state will come again
@@ -335,8 +339,8 @@ def train(out, settings):
     for iteration in range(progress["iteration"] + 1, settings.iterations + 1):
         metrics = iterate(agent, learner, settings, iteration, progress["failed"])
         if settings.eval_every and iteration % settings.eval_every == 0:
-            unseen = evaluate(agent_of, "noslip", settings)
-            metrics |= {"unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"]}
+            now = evaluate(agent_of, "noslip", settings)
+            metrics |= {"unseen_success": now["success"], "unseen_success_unweighted": now["unweighted"]}
         metrics["seconds"] = time.perf_counter() - clock
         left = (metrics["seconds"] - progress["seconds"]) * (settings.iterations - iteration)
         progress |= {key: progress[key] + metrics[key] for key in ("generated_tokens", "trained_tokens")}
@@ -369,8 +373,8 @@ def evaluate_all(agent_of, settings):
     results = {}
     for name in SCENARIOS:
         r = results[name] = evaluate(agent_of, name, settings)
-        print(f"{name:12s} {r['success']:.4f} ±{r['half_interval']:.4f}  {r['unweighted']:.4f}      {r['valid']:.3f}  "
-              f"{r['random']:.4f}  {r['optimal']:.4f}   {r['episodes']} episodes", flush=True)
+        print(f"{name:12s} {r['success']:.4f} ±{r['half_interval']:.4f}  {r['unweighted']:.4f}      "
+              f"{r['valid']:.3f}  {r['random']:.4f}  {r['optimal']:.4f}   {r['episodes']} episodes", flush=True)
     return results
 
 
@@ -381,29 +385,31 @@ def play_one(agent_of, settings):
     agent = agent_of(lake.instructions)
     print(f"\n{lake.instructions}\n")
     for step in msgrpo.play(agent, [lake], greedy=True)[0].steps:
-        print(f"{agent.decode(step.prompt)}{step.text}{'' if step.valid else '   (invalid: nothing moves)'}\n")
-    print(f"{lake.observation()}\n{'reached' if lake.success else 'did not reach'} the goal in {lake.steps} steps\n")
+        print(agent.decode(step.prompt) + step.text + ("\n" if step.valid else "   (invalid: nothing moves)\n"))
+    end = "reached" if lake.success else "did not reach"
+    print(f"{lake.observation()}\n{end} the goal in {lake.steps} steps\n")
 
 
 MODES = {"checkpoint": "train a pretrained model, or go on from a run's", "resume": "go on with a run",
          "eval": "evaluate a run or a model", "play": "watch a run or a model play a map that --seed chooses"}
 VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
-TAKES = {"resume": set(), "eval": VIEW | {"eval_episodes"}, "play": VIEW | {"seed", "scenario"}}  # the others take all
+TAKES = {"resume": set(), "eval": VIEW | {"eval_episodes"}, "play": VIEW | {"seed", "scenario"}}  # others: all
 
 
 def parse(argv):
     """(mode, its folder, out or None, {setting: value given}); leaves with status 2 on bad use."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--tiny", action="store_const", const=".", help="train a tiny model from nothing")
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", metavar="DIR", help=text)
-    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: a new numbered one under runs/)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: a new one under runs/)")
     for f in fields(Settings)[1:]:
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
             "type": f.type, "choices": f.metadata["range"][2], "metavar": f.type.__name__.upper()}
-        text = f"{f.metadata['help']} (default {f.default}" + (f", tiny {TINY[f.name]})" if f.name in TINY else ")")
+        tiny = f", tiny {TINY[f.name]}" if f.name in TINY else ""
+        text = f"{f.metadata['help']} (default {f.default}{tiny})"
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, **kind)
     given = vars(parser.parse_args(argv))
     mode = next(mode for mode in ("tiny", *MODES) if mode in given)
@@ -436,7 +442,7 @@ def run(argv):
         return (evaluate_all if mode == "eval" else play_one)(start(s)[2], s)
     out = Path(out or next(n for n in (f"runs/{i:04d}" for i in itertools.count(1)) if not Path(n).exists()))
     out.mkdir(parents=True, exist_ok=True)
-    lm.ensure(not any(out.iterdir()), f"{out} is not empty: go on with --resume {out}, or choose another --out")
+    lm.ensure(not any(out.iterdir()), f"{out} is not empty: --resume {out}, or choose another --out")
     write_json(out / "settings.json", asdict(s))
     print(f"this run is {out}; if it is stopped, go on with: python train.py --resume {out}", flush=True)
     train(out, s)
@@ -450,8 +456,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         status, message = 2, error
     except (torch.OutOfMemoryError, MemoryError):
-        status, message = 2, ("out of memory: lower --micro-batch-tokens, --groups or --group-size, or set --recompute; "
-                              "results/memory.py CONFIG computes what a run needs")
+        status, message = 2, ("out of memory: lower --micro-batch-tokens, --groups or --group-size, or set "
+                              "--recompute; results/memory.py computes what a run needs")
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     print(f"train.py: {message}", file=sys.stderr)

@@ -46,14 +46,16 @@ TEXTS = [
     "", " ", "the cat sat on the mat", "The   mat\n\n  sat\t\n", "1234 12.5 -7", "a1b22c333", "  42  7\n8",
     "it's IT'S we'LL", "<|im_start|>user<|im_end|>", "é e\u0301 \u212b", "日本語 한국어",
     "Привет, мир", "😀👨\u200d👩\u200d👧", "x\x00y\x04z", "\r\n\r\n a", "\u00a0\u3000b", "P _ O\n_ _ G",
-    "<action>left</action>", "!!!???", "   ", "\n\n\n", "½Ⅷ²٣", "don't", "mat.\n\nP", "ﬁ", "\u2028x", "ab" * 20]
+    "<action>left</action>", "!!!???", "   ", "\n\n\n", "½Ⅷ²٣", "don't", "mat.\n\nP", "ﬁ", "\u2028x",
+    "ab" * 20]
 
 torch.manual_seed(0)
 golden = {}
 for name, (config, older, shard) in CHECKPOINTS.items():
     model = AutoModelForCausalLM.from_config(config).eval()
     for key, weight in model.named_parameters():
-        weight.data = (torch.randn_like(weight) * .3 + ("norm" in key)).bfloat16().float()  # exact in both dtypes
+        random = torch.randn_like(weight) * .3 + ("norm" in key)
+        weight.data = random.bfloat16().float()  # exact in both
     model.tie_weights()
     ids = torch.randint(0, 29, (1, 24))  # past the 16 positions that the scaled rope began with
     golden |= {f"{name}.ids": ids, f"{name}.logits": model(ids).logits.detach()[:, ::3].clone()}
