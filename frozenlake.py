@@ -1,13 +1,14 @@
 """Frozen Lake as a game of text: a state becomes a grid of symbols, an answer becomes a move or is invalid.
 
-The dynamics are those of Gymnasium's FrozenLake-v1. In the notation of msgrpo.py this file is one text-mediated
-stochastic game (S, A, T, r, H) with its two maps between text and game:
+The dynamics are those of Gymnasium's FrozenLake-v1. In the notation of msgrpo.py this file is one
+text-mediated stochastic game (S, A, T, r, H) with its two maps between text and game:
 
     phi: state -> text                  `FrozenLake.observation`
     psi: text -> action or invalid      `parse_action`
 
-States are numbered row by row from the top left, actions are left 0, down 1, right 2, up 3. A map is a list of rows of
-the letters S (start), F (frozen), H (hole) and G (goal). Nothing here knows of tokens or of models.
+States are numbered row by row from the top left, actions are left 0, down 1, right 2, up 3. A map is a list
+of rows of the letters S (start), F (frozen), H (hole) and G (goal). Nothing here knows of tokens or of
+models.
 """
 import functools
 import hashlib
@@ -52,7 +53,8 @@ def solvable(desc):
 
 
 def random_map(size, p, rng):
-    """A solvable size x size map, each tile but the corners frozen with probability p; rng is a numpy Generator.
+    """A solvable size x size map, each tile but the corners frozen with probability p; rng is a numpy
+    Generator.
 
     Raises ValueError where no such map can be drawn: Gymnasium's generator would search for ever.
     """
@@ -67,7 +69,8 @@ def random_map(size, p, rng):
 
 
 def is_held_out(desc):
-    """Is this map reserved for evaluation? An eighth is, by hash: another seed alone would draw the same maps again."""
+    """Is this map reserved for evaluation? An eighth is, by hash: another seed alone would draw the same maps
+    again."""
     return hashlib.sha256("\n".join(desc).encode()).digest()[0] % 8 == 0
 
 
@@ -80,7 +83,8 @@ def draw_map(scenario, rng, held_out=False):
 
 @functools.cache
 def held_out_maps(scenario):
-    """Every held-out map of a 4x4 scenario, and the generator's probability of each among them (sums to 1)."""
+    """Every held-out map of a 4x4 scenario, and the generator's probability of each among them (sums to
+    1)."""
     boards = ["S" + "".join(tiles) + "G" for tiles in itertools.product("FH", repeat=14)]
     maps = [[board[i:i + 4] for i in (0, 4, 8, 12)] for board in boards]
     maps = [desc for desc in maps if is_held_out(desc) and solvable(desc)]
@@ -122,11 +126,12 @@ def parse_action(text):
 class FrozenLake:
     """One episode of the game on one map.
 
-    desc: rows of "SFHG" with one S; success_rate: probability of moving as chosen (1 does not slip, 1/3 is Gymnasium's
-    slippery default), otherwise to either side of it; max_steps: the horizon H; rng: numpy Generator of the slips;
-    invalid_penalty: subtracted for an invalid answer, which moves nothing and uses a step; step_cost: subtracted at
-    every step; coordinates: name the positions above the grid; think: ask for thoughts and a plan before the action.
-    Raises ValueError for a malformed map or a probability outside [0, 1].
+    desc: rows of "SFHG" with one S; success_rate: probability of moving as chosen (1 does not slip, 1/3 is
+    Gymnasium's slippery default), otherwise to either side of it; max_steps: the horizon H; rng: numpy
+    Generator of the slips; invalid_penalty: subtracted for an invalid answer, which moves nothing and uses a
+    step; step_cost: subtracted at every step; coordinates: name the positions above the grid; think: ask for
+    thoughts and a plan before the action. Raises ValueError for a malformed map or a probability outside [0,
+    1].
     """
 
     def __init__(self, desc, success_rate=1.0, max_steps=8, rng=None, invalid_penalty=0.0, step_cost=0.0,
@@ -143,7 +148,8 @@ class FrozenLake:
         self.state, self.steps, self.success = tiles.index("S"), 0, False
 
     def transitions(self, state, action):
-        """T and r: [(probability, next_state, reward, terminated), ...] of an action; goal and hole are absorbing."""
+        """T and r: [(probability, next_state, reward, terminated), ...] of an action; goal and hole are
+        absorbing."""
         if self.tiles[state] in "GH":
             return [(1.0, state, 0.0, True)]
         q, side, result = self.success_rate, (1 - self.success_rate) / 2, []
@@ -156,7 +162,8 @@ class FrozenLake:
         return result
 
     def step(self, text):
-        """Play an answer: (reward, done, valid). One uniform draw decides among the outcomes of a valid action."""
+        """Play an answer: (reward, done, valid). One uniform draw decides among the outcomes of a valid
+        action."""
         self.steps += 1
         action, reward, done = parse_action(text), -self.step_cost, False
         if action is None:
@@ -171,7 +178,8 @@ class FrozenLake:
 
     @property
     def instructions(self):
-        """What never changes in an episode, generated from the settings so that it cannot contradict the game."""
+        """What never changes in an episode, generated from the settings so that it cannot contradict the
+        game."""
         q = self.success_rate
         ice = "not slippery: you move as you choose." if q == 1 else (
             f"slippery: you move as you choose with probability {q:.2f}, "
@@ -190,7 +198,8 @@ class FrozenLake:
     def success_bounds(self):
         """P(goal within max_steps) from the start: (of the optimal policy, of a uniformly random one).
 
-        Finite-horizon value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
+        Finite-horizon value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s')
+        V(s')).
         """
         n = len(self.tiles)
         kernel = np.zeros((4, n, n))  # (action, state, next state)

@@ -1,15 +1,16 @@
 """One decoder-only transformer for Llama, Qwen2 and Qwen3 weights, and for the tiny model that is born here.
 
-Reading order: `Transformer` (tokens -> logits), `generate` and `score` (sampling, and scoring what was sampled), `Tokenizer`
-(text <-> tokens), checkpoints in and out. Modules bear the names of Hugging Face's state dicts, so that weights load by a
-strict match of names.
+Reading order: `Transformer` (tokens -> logits), `generate` and `score` (sampling, and scoring what was
+sampled), `Tokenizer` (text <-> tokens), checkpoints in and out. Modules bear the names of Hugging Face's
+state dicts, so that weights load by a strict match of names.
 
-Every prompt of a batch is a branch of one tree: instructions that all share, a state that many share, an answer of a few
-tokens. `generate` and `score` run each node of that tree once: the instructions' keys and values are a `prefix` of batch
-size one, the states' are gathered for the answers that follow them. This is exact, gradients included.
+Every prompt of a batch is a branch of one tree: instructions that all share, a state that many share, an
+answer of a few tokens. `generate` and `score` run each node of that tree once: the instructions' keys and
+values are a `prefix` of batch size one, the states' are gathered for the answers that follow them. This is
+exact, gradients included.
 
-Files come from strangers: what is malformed or not supported raises ValueError with the file and the reason, and nothing
-is allocated that the sizes of the files do not justify.
+Files come from strangers: what is malformed or not supported raises ValueError with the file and the reason,
+and nothing is allocated that the sizes of the files do not justify.
 """
 import contextlib
 import json
@@ -67,7 +68,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_frequencies(c):
-    """Angle per position of each pair of a head's dimensions, (head_dim / 2,), with Llama 3's scaling where it is set."""
+    """Angle per position of each pair of a head's dimensions, (head_dim / 2,), with Llama 3's scaling where
+    it is set."""
     frequencies = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)
     if s := c.rope_scaling:  # long waves are stretched by `factor`, short ones kept, those between interpolated
         turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -83,7 +85,8 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention to a prefix that all rows share, to each row's past, and to the tokens themselves.
+    """Grouped-query attention to a prefix that all rows share, to each row's past, and to the tokens
+    themselves.
 
     Keys and values are (kv_heads, batch, slots, head_dim): the shared part is one matrix product per kv head.
     """
@@ -161,10 +164,11 @@ class Transformer(nn.Module):
     def forward(self, ids, prefix=None, past=None, lengths=0, rows=None, keep=False):
         """Logits of the next token: ids (batch, time) int64 -> (batch, time, vocabulary).
 
-        prefix: keys and values per layer of tokens that stand before every row (batch size one); past: those of each
-        row, with free slots behind its `lengths` (batch,) tokens, where the new ones go; rows: indices into the
-        flattened (batch * time) positions, to have logits of these alone, (rows, vocabulary); keep: return (logits,
-        keys and values per layer). Rows are padded at their end: what stands behind a token never reaches it.
+        prefix: keys and values per layer of tokens that stand before every row (batch size one); past: those
+        of each row, with free slots behind its `lengths` (batch,) tokens, where the new ones go; rows:
+        indices into the flattened (batch * time) positions, to have logits of these alone, (rows,
+        vocabulary); keep: return (logits, keys and values per layer). Rows are padded at their end: what
+        stands behind a token never reaches it.
         """
         x, c, device = self.model["embed_tokens"](ids), self.config, ids.device
         slots = torch.as_tensor(lengths, device=device).view(-1, 1) + torch.arange(ids.shape[1], device=device)
@@ -203,7 +207,8 @@ def encode_prefix(model, ids):
 
 
 def encode_prompts(model, prefix, prompts, room):
-    """Equal prompts once: (each prompt's row, next-token logits, keys and values with `room` free slots, lengths)."""
+    """Equal prompts once: (each prompt's row, next-token logits, keys and values with `room` free slots,
+    lengths)."""
     rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     ids, lengths = pad(list(rows), prefix[0][0].device)
     last = torch.arange(len(rows), device=ids.device) * ids.shape[1] + lengths - 1
@@ -214,11 +219,13 @@ def encode_prompts(model, prefix, prompts, room):
 
 @torch.no_grad()
 def generate(model, prefix, prompts, uniforms, limit, end_ids, vocabulary, temperature=1.0):
-    """Continue each prompt (a list of ids after the prefix) until an end token, which belongs to the answer, or the limit.
+    """Continue each prompt (a list of ids after the prefix) until an end token, which belongs to the answer,
+    or the limit.
 
-    uniforms: (prompts, limit) numbers in [0, 1), one per token, so that what a row samples does not depend on its batch;
-    None picks the likeliest token. Returns ids and log-probabilities at `temperature` over the first `vocabulary`
-    tokens, a list of lists each. Rows that have said the same so far share one row of the batch; ended ones leave it.
+    uniforms: (prompts, limit) numbers in [0, 1), one per token, so that what a row samples does not depend on
+    its batch; None picks the likeliest token. Returns ids and log-probabilities at `temperature` over the
+    first `vocabulary` tokens, a list of lists each. Rows that have said the same so far share one row of the
+    batch; ended ones leave it.
     """
     parent, logits, past, lengths = encode_prompts(model, prefix, prompts, limit - 1)
     device, ends = logits.device, torch.tensor(sorted(end_ids), device=logits.device)
@@ -250,7 +257,8 @@ def generate(model, prefix, prompts, uniforms, limit, end_ids, vocabulary, tempe
 
 
 def score(model, prefix, prompts, responses, vocabulary, temperature=1.0):
-    """Log-probabilities and entropies of the responses' tokens, each (tokens of all responses in their order,).
+    """Log-probabilities and entropies of the responses' tokens, each (tokens of all responses in their
+    order,).
 
     The same numbers as `generate` gave, with gradient. Logits are computed at response positions alone.
     """
@@ -361,7 +369,8 @@ def format_config(config, dtype, end_ids):
 
 
 def read_header(path):
-    """{name: (path, dtype, shape, offset)} of a safetensors file, in the order of the data, which is not read.
+    """{name: (path, dtype, shape, offset)} of a safetensors file, in the order of the data, which is not
+    read.
 
     The format: 8 little-endian bytes N; N bytes of JSON, {name: {dtype, shape, data_offsets}}; the data.
     """
@@ -416,7 +425,8 @@ def write_safetensors(path, tensors):
 
 
 def find_tensors(directory):
-    """`read_header` of model.safetensors, or of the shards that model.safetensors.index.json names, together."""
+    """`read_header` of model.safetensors, or of the shards that model.safetensors.index.json names,
+    together."""
     path, index, entries = directory / "model.safetensors", directory / "model.safetensors.index.json", {}
     if path.exists() or not index.exists():
         return read_header(path)
@@ -464,8 +474,8 @@ def split_pattern(pre_tokenizer):
 def merge_ranks(model, special):
     """{bytes: id} of a tokenizer.json's BPE model without the control tokens.
 
-    tiktoken merges the pair whose result has the lowest id, the file the pair that it lists first: the same where
-    the merges are in the order of the ids.
+    tiktoken merges the pair whose result has the lowest id, the file the pair that it lists first: the same
+    where the merges are in the order of the ids.
     """
     ensure(model["type"] == "BPE", f"model type {model['type']!r:.99} is not BPE")
     merges = [merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
@@ -477,8 +487,8 @@ def merge_ranks(model, special):
 class Tokenizer:
     """Text <-> token ids by a tiktoken.Encoding made of tokenizer.json's bytes, and the chat around a prompt.
 
-    size: a policy samples ids below it; end_ids: those that end an answer; special: {name: id} of the control tokens,
-    which no text becomes. Call it inside `blaming`.
+    size: a policy samples ids below it; end_ids: those that end an answer; special: {name: id} of the control
+    tokens, which no text becomes. Call it inside `blaming`.
     """
 
     def __init__(self, data, end_ids=(), model_type="llama"):
@@ -543,9 +553,9 @@ def tiny_tokenizer(texts, end):
 def load_pretrained(directory, dtype=torch.float32):
     """(Transformer in dtype, Tokenizer) of a Hugging Face directory; the second None without tokenizer.json.
 
-    Memory peaks at about the weights' own size: a model on the meta device tells which names and shapes the files must
-    have, then each tensor is allocated once and converted by itself. Raises ValueError, with file and reason, on what is
-    malformed or another kind of model.
+    Memory peaks at about the weights' own size: a model on the meta device tells which names and shapes the
+    files must have, then each tensor is allocated once and converted by itself. Raises ValueError, with file
+    and reason, on what is malformed or another kind of model.
     """
     directory, ends = Path(directory), []
     files = {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).exists()}
@@ -582,8 +592,8 @@ def load_pretrained(directory, dtype=torch.float32):
 def save_pretrained(directory, model, tokenizer):
     """Write a directory that load_pretrained, transformers and vLLM read; tokenizer may be None.
 
-    The files that the model was loaded with are carried over. All are complete beside their places before the first
-    takes its own, so an interruption leaves an earlier checkpoint whole.
+    The files that the model was loaded with are carried over. All are complete beside their places before the
+    first takes its own, so an interruption leaves an earlier checkpoint whole.
     """
     directory, files, end_ids = Path(directory), dict(model.config.files), tokenizer.end_ids if tokenizer else set()
     if tokenizer:

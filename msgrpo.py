@@ -1,7 +1,8 @@
 """MS-GRPO: multi-step group-relative policy optimisation of a language model that acts in a text game.
 
-Dilkes, Yazdanpanah, Stein: Reinforced Language Models for Sequential Decision Making, arXiv 2508.10839 (2025). We could
-read its abstract, introduction and one caption. What those state is marked [paper]; every formula below is our reading.
+Dilkes, Yazdanpanah, Stein: Reinforced Language Models for Sequential Decision Making, arXiv 2508.10839
+(2025). We could read its abstract, introduction and one caption. What those state is marked [paper]; every
+formula below is our reading.
 
     TSMG [paper: the environment behind an explicit text interface]. A stochastic game (S, A, T, r, H) with a map
          phi: S -> text and a map psi: text -> A or invalid. Here: `Game`.
@@ -19,11 +20,12 @@ One iteration:
        advantage; this form, without replacement, is ours].
     6. Ascend sum of min(rho A, clip(rho, 1 - eps, 1 + eps) A) / tokens, rho = p_theta / p_old per token.
 
-Left out of GRPO: the KL term (no reference model is held), a mean per sequence before the mean over sequences (it would
-weight tokens of short answers more), and a second normalisation after the draw. What is true of step 4: without std, clip
-and AAW it is an unbiased policy gradient, since E[grad log pi(a_t|s_t) * (reward earned before t)] = 0, and usually one of
-more variance than reward to go; with a reward at the end only and gamma = 1, both are the same number. The std rescales
-groups, and AAW follows sum_i |A_i| A_i grad log pi instead: a deliberate bias.
+Left out of GRPO: the KL term (no reference model is held), a mean per sequence before the mean over sequences
+(it would weight tokens of short answers more), and a second normalisation after the draw. What is true of
+step 4: without std, clip and AAW it is an unbiased policy gradient, since E[grad log pi(a_t|s_t) * (reward
+earned before t)] = 0, and usually one of more variance than reward to go; with a reward at the end only and
+gamma = 1, both are the same number. The std rescales groups, and AAW follows sum_i |A_i| A_i grad log pi
+instead: a deliberate bias.
 """
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -63,7 +65,8 @@ class Policy(Protocol):
     max_new_tokens: int
 
     def act(self, observations: list[str], uniforms: np.ndarray | None) -> list[Step]:
-        """Answer each observation; uniforms (observations, max_new_tokens) decide the samples, None is greedy."""
+        """Answer each observation; uniforms (observations, max_new_tokens) decide the samples, None is
+        greedy."""
 
     def score(self, steps: list[Step]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities, with gradient, and entropies of all response tokens in order, each (tokens,)."""
@@ -82,9 +85,11 @@ class Episode:
 
 
 def play(policy, games, greedy=False):
-    """Play the games to their ends in lockstep, one batch of answers a step; ended ones leave. Returns their episodes.
+    """Play the games to their ends in lockstep, one batch of answers a step; ended ones leave. Returns their
+    episodes.
 
-    An episode's samples come from its game's own generator, so they do not depend on what else is in the batch.
+    An episode's samples come from its game's own generator, so they do not depend on what else is in the
+    batch.
     """
     episodes = [Episode() for _ in games]
     live = list(zip(games, episodes))
@@ -102,7 +107,8 @@ def play(policy, games, greedy=False):
 def episode_advantages(returns, normalize_std=True):
     """A_i = (R_i - mean R) / (std R + 1e-6) over each group: returns (groups, G) -> (groups, G), float.
 
-    Population std. A group whose returns are all equal has exactly 0, whatever floating point makes of its mean.
+    Population std. A group whose returns are all equal has exactly 0, whatever floating point makes of its
+    mean.
     """
     returns = torch.as_tensor(returns, dtype=torch.float32)
     advantages = returns - returns.mean(1, keepdim=True)
@@ -112,7 +118,8 @@ def episode_advantages(returns, normalize_std=True):
 
 
 def step_credit(advantage, steps, gamma=1.0):
-    """gamma^(T - 1 - t) * A for t = 0 .. T - 1: a list. gamma = 1 is MS-GRPO, gamma = 0 pays the last step alone."""
+    """gamma^(T - 1 - t) * A for t = 0 .. T - 1: a list. gamma = 1 is MS-GRPO, gamma = 0 pays the last step
+    alone."""
     return [advantage * gamma ** (steps - 1 - t) for t in range(steps)]
 
 
@@ -127,7 +134,8 @@ def aaw_probabilities(advantages):
 def draw_episodes(advantages, sampling, count, rng):
     """Indices, ascending, of the episodes to train on: advantages (N,); rng a numpy Generator.
 
-    "aaw" draws up to count without replacement by `aaw_probabilities`, "uniform" count of N, "all" takes the N.
+    "aaw" draws up to count without replacement by `aaw_probabilities`, "uniform" count of N, "all" takes the
+    N.
     """
     n = len(advantages)
     if sampling == "all":
@@ -177,10 +185,12 @@ def rescore(policy, episodes, budget=16384):
 
 
 def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, entropy_coef=0.0, budget=16384):
-    """Add the gradient of one update's loss to the parameters' .grad; returns means over its tokens as a dict.
+    """Add the gradient of one update's loss to the parameters' .grad; returns means over its tokens as a
+    dict.
 
-    The denominator is the number of response tokens of all these episodes, whatever their advantage, so the split into
-    micro-batches changes nothing; steps without credit cost no forward pass unless the entropy term needs them.
+    The denominator is the number of response tokens of all these episodes, whatever their advantage, so the
+    split into micro-batches changes nothing; steps without credit cost no forward pass unless the entropy
+    term needs them.
     """
     steps, credits = [], []
     for episode, advantage in zip(episodes, advantages):

@@ -507,7 +507,8 @@ REFUSED = [
     b"", bytes(7), bytes(8), *(struct.pack("<Q", size) + b"{}" for size in (3, 100_000_001, 1 << 63)),
     *map(raw_file, (b"\xef\xbb\xbf{}", b'{"\xff": 1}', b"[]", b"{}x", b'{"__metadata__": {"a": NaN}}',
                     b"[" * 100_000, b'{"__metadata__":{},"__metadata__":{}}', b'{"a":' * 100_000,
-                    {"__metadata__": []}, {"__metadata__": {"a": 1}}, {"a": None}, {"a": []}, {"a": {}})), raw_file({}, b"\0"),
+                    {"__metadata__": []}, {"__metadata__": {"a": 1}}, {"a": None}, {"a": []}, {"a": {}})),
+    raw_file({}, b"\0"),
     *(raw_file({"a": entry}, bytes(4)) for entry in (
         f32([1], 0, 4) | {"dtype": "F8_E4M3"}, f32([1], 0, 4) | {"dtype": ["F32"]}, f32([True], 0, 4),
         f32([1.0], 0, 4), f32([-1], 0, 4), f32(1, 0, 4), f32([1], 0, 4, 8), f32([1], False, 4),
@@ -858,7 +859,7 @@ def test_runs_are_numbered_and_reproduced(warm, few_maps, tmp_path, monkeypatch)
 def test_what_is_trained_on(warm, few_maps, tmp_path, monkeypatch):
     """A group shares a map and not its luck, no map is reserved, episodes keep their groups' advantages."""
     play, accumulate = msgrpo.play, msgrpo.accumulate_gradient
-    luck, mixed, trained, advantage_of = [], [], [], {}
+    luck, mixed, trained, updated, advantage_of = [], [], [], [], {}
 
     def playing(policy, games, greedy=False):
         states = [str(game.rng.bit_generator.state) for game in games]
@@ -879,7 +880,10 @@ def test_what_is_trained_on(warm, few_maps, tmp_path, monkeypatch):
         trained.append(len(episodes))
         expected = [advantage_of[id(episode)][1] for episode in episodes]
         assert [float(a) for a in advantages] == pytest.approx(expected, abs=1e-4)
-        return accumulate(policy, episodes, advantages, **kwargs)
+        stats = accumulate(policy, episodes, advantages, **kwargs)
+        assert stats["logprob_gap"] < 1e-5 or updated[-1:] == [len(luck)]  # the ratio is 1 at a first update
+        updated.append(len(luck))
+        return stats
     monkeypatch.setattr(msgrpo, "play", playing)
     monkeypatch.setattr(msgrpo, "accumulate_gradient", accumulating)
     assert command("--checkpoint", warm, "--out", tmp_path / "a", *QUICK, "--group-size", 6,
@@ -893,8 +897,8 @@ CHANGES = {  # for every setting a value that is not QUICK's
     "sampling": "uniform", "keep": .2, "update_episodes": 2, "gamma": .5, "normalize_std": False,
     "clip": .001, "entropy_coef": .5, "learning_rate": .002, "final_learning_rate": 0.0, "beta2": .5,
     "weight_decay": 9.0, "grad_clip": 1e-9, "temperature": .8, "max_new_tokens": 2, "think": True,
-    "coordinates": True, "invalid_penalty": 5.0, "step_cost": 1.0, "micro_batch_tokens": 10, "dtype": "bfloat16", "eval_every": 1,
-    "eval_episodes": 2, "warmup_steps": 1}
+    "coordinates": True, "invalid_penalty": 5.0, "step_cost": 1.0, "micro_batch_tokens": 10,
+    "dtype": "bfloat16", "eval_every": 1, "eval_episodes": 2, "warmup_steps": 1}
 TWO = ("--iterations", 2)
 
 
@@ -912,6 +916,8 @@ def test_flags_that_change_no_figure(found, few_maps, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     found(*TWO, "--recompute", "--threads", 2)
     assert layers and threads == [2]
+    low, full = found(*TWO, "--dtype", "bfloat16")[0], found(*TWO)[0]
+    assert low[0]["rollout_logprob_gap"] < .05 and full[0]["rollout_logprob_gap"] is None  # p_old is rescored
 
 
 HOMES = {"RUN", "STOPPED", "CUTSTATE", "CUTMODEL", "CUTSETTINGS", "EMPTY", "FOREIGN"}
@@ -1065,6 +1071,7 @@ def test_a_frozen_lake_is_learned(warm, few_maps, tmp_path, monkeypatch):
         return draw(scenario, rng, True) if held_out else ["SFFF", "FFFF", "FFFF", "FFFG"]
     monkeypatch.setattr(frozenlake, "draw_map", draw_map)
     assert command("--checkpoint", warm, "--out", tmp_path / "a", *QUICK, "--iterations", 18,
-                   "--group-size", 32, "--update-episodes", 16, "--learning-rate", .003, "--temperature", 1) == 0
+                   "--group-size", 32, "--learning-rate", .003, "--temperature", 1.0,
+                   "--update-episodes", 16) == 0
     success = [metrics["success"] for metrics in metrics_of(tmp_path / "a")]
     assert success[0] < .1 and np.mean(success[-5:]) > .4, success

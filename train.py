@@ -1,13 +1,14 @@
-"""Train a language model to cross frozen lakes by MS-GRPO, evaluate it on lakes it has never seen, watch it play.
+"""Train a language model to cross frozen lakes by MS-GRPO, evaluate it on lakes it has never seen, watch it
+play.
 
     python train.py --tiny                      a transformer from nothing, on a laptop's CPU
     python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama directory as Hugging Face has it
     python train.py --resume DIR                go on with a run that was stopped or killed
     python train.py --eval DIR, or --play DIR   what a run or a checkpoint can do, in figures or move by move
 
-A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.pt (to resume from), model/ (in
-Hugging Face's format) and summary.json. Random numbers follow from (seed, iteration, episode), not from what was
-drawn before: a resumed run goes on bit for bit.
+A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.pt (to resume from), model/
+(in Hugging Face's format) and summary.json. Random numbers follow from (seed, iteration, episode), not from
+what was drawn before: a resumed run goes on bit for bit.
 """
 import argparse
 import functools
@@ -36,8 +37,9 @@ def setting(default, text, low=0, high=math.inf, choices=None):
 
 @dataclass
 class Settings:
-    """All settings of a run. Defaults are for pretrained models of some billion parameters: [author] marks those of
-    the later public trainer of the paper's first author, [paper] those of its abstract; the rest is ours.
+    """All settings of a run. Defaults are for pretrained models of some billion parameters: [author] marks
+    those of the later public trainer of the paper's first author, [paper] those of its abstract; the rest is
+    ours.
     """
     checkpoint: str = setting("", "pretrained model's directory; empty: the tiny model")
     seed: int = setting(0, "of everything random")
@@ -105,7 +107,8 @@ def generator(*key):
 
 
 class LanguageAgent:
-    """The language-agent policy (msgrpo.Policy): a transformer that reads the instructions before every state."""
+    """The language-agent policy (msgrpo.Policy): a transformer that reads the instructions before every
+    state."""
 
     def __init__(self, model, tokenizer, instructions, settings):
         self.model, self.size, self.ends = model, tokenizer.size, tokenizer.end_ids
@@ -138,10 +141,12 @@ class LanguageAgent:
 
 
 class Learner:
-    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and has gradients.
+    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and has
+    gradients.
 
-    An update of relative size 1e-6 vanishes in bfloat16: what is trained and saved is float32. A bfloat16 model is a
-    copy that takes the weights over after each update, and hands on each gradient as soon as it is there.
+    An update of relative size 1e-6 vanishes in bfloat16: what is trained and saved is float32. A bfloat16
+    model is a copy that takes the weights over after each update, and hands on each gradient as soon as it is
+    there.
     """
 
     def __init__(self, master, settings):
@@ -196,7 +201,8 @@ def tiny_start(settings):
 
 
 def warm_up(agent, tokenizer, learner, settings):
-    """For want of pretraining: next-token prediction on states of training maps, answered *uniformly at random*.
+    """For want of pretraining: next-token prediction on states of training maps, answered *uniformly at
+    random*.
 
     It teaches to read and to speak, not to play: `evaluate` then measures both.
     """
@@ -215,11 +221,12 @@ def warm_up(agent, tokenizer, learner, settings):
 
 
 def evaluate(agent_of, name, settings, greedy=True):
-    """Success on a scenario's held-out maps, beside that of a random and of the optimal player, as a dict of figures.
+    """Success on a scenario's held-out maps, beside that of a random and of the optimal player, as a dict of
+    figures.
 
     4x4 without slipping: each held-out map once, so a greedy figure is exact; `success` weights a map by its
-    probability, `unweighted` does not. Else `eval_episodes` episodes, the same every time, with half the width of a
-    95 % interval.
+    probability, `unweighted` does not. Else `eval_episodes` episodes, the same every time, with half the
+    width of a 95 % interval.
     """
     scenario, rng, n = SCENARIOS[name], generator(0), settings.eval_episodes
     exact = scenario.size == 4 and scenario.success_rate == 1
@@ -397,9 +404,10 @@ TAKES = {"resume": set(), "eval": VIEW | {"eval_episodes"}, "play": VIEW | {"see
 
 
 def parse(argv):
-    """(mode, its folder, out or None, {setting: value given}); leaves with status 2 on bad use."""
+    """(mode, its folder, out or None, {setting: value given}); ValueError on bad use."""
     parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.error = functools.partial(lm.ensure, False)  # in one line, like all other errors
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--tiny", action="store_const", const=".", help="train a tiny model from nothing")
     for mode, text in MODES.items():

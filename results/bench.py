@@ -7,24 +7,24 @@
 rollout  one answer of --new tokens to each of `batch` states, sampled at temperature 1, no end tokens. Ours:
          model.encode_prefix and model.generate. Theirs: generate, padded left, with a cache.
 update   forward and backward pass of the clipped objective on these answers, without optimiser. Ours:
-         msgrpo.accumulate_gradient. Theirs: whole sequences padded right, at most 32 at once, logits of every
-         token, log_softmax in float32, as trainers do.
-memory   peak resident memory of one update, gradients included, in a process of its own, less what it had with
-         the weights loaded.
-states   `distinct`: no two equal. `played`: those met after three random moves by groups of 16 episodes, where
+         msgrpo.accumulate_gradient. Theirs: whole sequences padded right, at most 32 at once, logits of
+         every token, log_softmax in float32, as trainers do.
+memory   peak resident memory of one update, gradients included, in a process of its own, less what it had
+         with the weights loaded.
+states   distinct: no two equal. played: those met after three random moves by groups of 16 episodes, where
          ours profits from equal ones.
 
-Before the clock starts, both must agree in float32: log-probabilities within 1e-4, gradients within 1e-4 of their
-norm. Medians of --repeats. matmul is the best rate of square matrix products in that dtype, measured here too;
-the update's share of it counts useful operations, each needed token once: 6 per weight of the layers and token
-of instructions, unequal prompts and unequal answers (but their last); 12 heads head_dim per token and token that
-it sees, in each layer; 6 hidden vocabulary per position of an unequal answer. smollm2 has SmolLM2-135M's shape
-with random weights, and a token for each word and symbol, unless --checkpoint gives it real ones.
-
-The raw figures go to --out, a JSON object per line, the table to the terminal.
+Before the clock starts, both must agree in float32: log-probabilities within 1e-4, gradients within 1e-4 of
+their norm. Figures are medians of --repeats. matmul is the best rate of square matrix products in that dtype,
+measured here too; the update's share of it counts useful operations, each needed token once: 6 per weight of
+the layers and token of instructions, unequal prompts and unequal answers (but their last); 12 heads head_dim
+per token and token that it sees, in each layer; 6 hidden vocabulary per token of an unequal answer. smollm2
+has SmolLM2-135M's shape with random weights and a token for each word and symbol; or --checkpoint gives real
+ones. The raw figures go to --out, a JSON object per line, the table to the terminal.
 """
 import argparse
 import functools
+import itertools
 import json
 import re
 import statistics
@@ -34,8 +34,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
@@ -44,6 +43,7 @@ import model as lm
 import msgrpo
 import train
 
+RESULTS = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,7 +54,8 @@ class Words:
         self.ids = {}
 
     def encode(self, text):
-        return [self.ids.setdefault(piece, len(self.ids)) for piece in re.findall(r" ?\w+| ?[^\w\s]|\s", text)]
+        pieces = re.findall(r" ?\w+| ?[^\w\s]|\s", text)
+        return [self.ids.setdefault(piece, len(self.ids)) for piece in pieces]
 
     def prefix(self, instructions):
         return self.encode("<|im_start|>user\n" + instructions + "\n\n")
@@ -73,31 +74,30 @@ def random_model(config):
 
 
 def make_model(name, checkpoint):
-    """(Transformer in float32, tokenizer, Settings of its prompts)"""
+    """(Transformer in float32, tokenizer)"""
     if name == "tiny":
-        settings = train.Settings(**train.TINY)
-        return *train.tiny_start(settings), settings
+        return train.tiny_start(train.Settings(**train.TINY))
     if checkpoint:
-        return *lm.load_pretrained(checkpoint), train.Settings()
-    config = lm.parse_config((ROOT / "results/configs/smollm2-135m.json").read_bytes())
-    return random_model(config), Words(), train.Settings()
+        return lm.load_pretrained(checkpoint)
+    config = lm.parse_config((RESULTS / "configs/smollm2-135m.json").read_bytes())
+    return random_model(config), Words()
 
 
-def lakes(settings, states, rng):
+def lakes(states, rng):
     """Games in endless supply, in the states of a batch (see the docstring)."""
-    scenario = frozenlake.SCENARIOS["noslip"]
-    seen = set()
+    scenario, seen = frozenlake.SCENARIOS["noslip"], set()
     while True:
         desc = frozenlake.draw_map(scenario, rng)
-        group = [settings.lake(scenario, desc, 0) for _ in range(16 if states == "played" else 1)]
-        for lake in group:
-            if states == "distinct":
-                lake.state = int(rng.choice([i for i, tile in enumerate(lake.tiles) if tile in "SF"]))
-                going = lake.observation() not in seen
-                seen.add(lake.observation())
+        for _ in range(16 if states == "played" else 1):
+            lake = frozenlake.FrozenLake(desc, scenario.success_rate, scenario.max_steps, rng)
+            if states == "played":
+                moves = rng.choice(frozenlake.ACTIONS, 3)
+                done = any(lake.step(f"<action>{move}</action>")[1] for move in moves)
             else:
-                going = not any(lake.step(f"<action>{frozenlake.ACTIONS[rng.integers(4)]}</action>")[1] for _ in range(3))
-            if going:
+                lake.state = int(rng.choice([i for i, tile in enumerate(lake.tiles) if tile in "SF"]))
+                done = lake.observation() in seen
+                seen.add(lake.observation())
+            if not done:
                 yield lake
 
 
@@ -114,8 +114,8 @@ class Ours:
 
     def score(self, steps):
         prefix = lm.encode_prefix(self.model, self.prefix)
-        return lm.score(self.model, prefix, [step.prompt for step in steps], [step.response for step in steps],
-                        self.vocabulary)
+        prompts, responses = [step.prompt for step in steps], [step.response for step in steps]
+        return lm.score(self.model, prefix, prompts, responses, self.vocabulary)
 
     def logprobs(self, steps):
         return self.score(steps)[0]
@@ -128,9 +128,11 @@ class Theirs:
     def __init__(self, directory, dtype, prefix, new):
         import transformers
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
         self.model.generation_config = transformers.GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=0, use_cache=True)
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=0,
+            use_cache=True)
         self.prefix, self.new, self.name = prefix, new, "transformers"
 
     def rollout(self, prompts):
@@ -240,16 +242,16 @@ def in_child(directory, name, args):
 
 def child(name, directory):
     work = json.loads((directory / "work.json").read_text())
-    side = {"Ours": Ours, "Theirs": Theirs}[name](directory, DTYPES[work["dtype"]], work["prefix"], work["new"])
+    make = {"Ours": Ours, "Theirs": Theirs}[name]
+    side = make(directory, DTYPES[work["dtype"]], work["prefix"], work["new"])
     steps = [msgrpo.Step(tuple(prompt), tuple(response), old) for prompt, response, old in work["steps"]]
     print(peak_memory(side, steps, work["advantages"]))
 
 
 def compare(name, dtype, batch, states, args):
     """A record of one case."""
-    model, tokenizer, settings = make_model(name, args.checkpoint)
-    games = lakes(settings, states, np.random.default_rng(0))
-    games = [next(games) for _ in range(batch)]
+    model, tokenizer = make_model(name, args.checkpoint)
+    games = list(itertools.islice(lakes(states, np.random.default_rng(0)), batch))
     prefix = tokenizer.prefix(games[0].instructions)
     prompts = [tuple(tokenizer.suffix(game.observation())) for game in games]
     advantages = [(-1.0) ** i for i in range(batch)]
@@ -289,26 +291,36 @@ def growth(args):
         rng = np.random.default_rng(0)
         with tempfile.TemporaryDirectory() as directory:
             lm.save_pretrained(directory, model, None)
-            side = Ours(directory, torch.float32, rng.integers(8192, size=size["instructions"]).tolist(), args.new)
-        prompts = [tuple(rng.integers(8192, size=40).tolist()) for _ in range(size["episodes"])]
-        answers = [tuple(rng.integers(8192, size=args.new).tolist()) for _ in range(size["episodes"] * size["steps"])]
-        steps = [msgrpo.Step((i, *prompts[i % len(prompts)]), answer, [-9.0] * args.new)
-                 for i, answer in enumerate(answers)]
+            instructions = rng.integers(8192, size=size["instructions"]).tolist()
+            side = Ours(directory, torch.float32, instructions, args.new)
+        count = size["episodes"] * size["steps"]
+        prompts, answers = (list(map(tuple, rng.integers(8192, size=(count, n)).tolist()))
+                            for n in (40, args.new))
+        steps = [msgrpo.Step(prompts[i], answers[i], [-9.0] * args.new) for i in range(count)]
 
-        def play(side=side, prompts=prompts, count=size["steps"]):
-            return timed(lambda: [side.rollout(prompts) for _ in range(count)])
+        def play(side, prompts, episodes):
+            for i in range(0, len(prompts), episodes):
+                side.rollout(prompts[i:i + episodes])
 
         rollout, update = turns(args.repeats, [
-            play, functools.partial(update_seconds, side, steps, [(-1.0) ** i for i in range(len(steps))])])
+            functools.partial(timed, play, side, prompts, size["episodes"]),
+            functools.partial(update_seconds, side, steps, [(-1.0) ** i for i in range(count)])])
         yield {"growth": doubled or "base", **size, "rollout": rollout, "update": update}
+
+
+def show(record, file):
+    """The record, written to the file as well, and to the terminal."""
+    print(json.dumps(record), file=file, flush=True)
+    print(*(f"{key} {value}" for key, value in record.items() if not isinstance(value, list)), flush=True)
+    return record
 
 
 def table(records):
     """The medians as Markdown."""
     mid, cases = statistics.median, [record for record in records if "model" in record]
     if cases:
-        print("\n| model | dtype | batch | states | rollout tokens/s | transformers | ratio | update tokens/s | plain "
-              "| ratio | memory MB | plain | ratio | of matmul |\n|" + "---|" * 14)
+        print("\n| model | dtype | batch | states | rollout tokens/s | transformers | ratio "
+              "| update tokens/s | plain | ratio | memory MB | plain | ratio | of matmul |\n|" + "---|" * 14)
     for r in cases:
         row = [r["model"], r["dtype"], r["batch"], r["states"]]
         for what in ("rollout", "update"):
@@ -323,8 +335,8 @@ def table(records):
         print("\n| twice | rollouts s | ratio | update s | ratio |\n|" + "---|" * 5)
     for r in records if base else ():
         if "growth" in r:
-            cells = [f"{mid(r[what]):.2f} | {mid(r[what]) / mid(base[what]):.2f}" for what in ("rollout", "update")]
-            print(f"| {r['growth']} | {' | '.join(cells)} |")
+            ratios = ((mid(r[what]), mid(r[what]) / mid(base[what])) for what in ("rollout", "update"))
+            print("|", r["growth"], "|", " | ".join(f"{s:.3f} | {ratio:.2f}" for s, ratio in ratios), "|")
 
 
 def main():
@@ -338,27 +350,19 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint", help="Hugging Face directory for smollm2's weights and tokenizer")
     parser.add_argument("--no-growth", action="store_true", help="leave the table of growth out")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/bench.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench.jsonl")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child:
         return child(args.child[0], Path(args.child[1]))
-    records = [{"torch": torch.__version__, "threads": args.threads, "new": args.new, "checkpoint": bool(args.checkpoint)}]
+    machine = {"torch": torch.__version__, "threads": args.threads, "new": args.new,
+               "real_weights": bool(args.checkpoint)}
+    cases = itertools.product(args.models, args.dtypes, args.batches, args.states)
+    records = itertools.chain([machine], (compare(*case, args) for case in cases),
+                              () if args.no_growth else growth(args))
     with open(args.out, "w") as file:
-        def keep(record):
-            records.append(record)
-            print(json.dumps(record), file=file, flush=True)
-            print({key: value for key, value in record.items() if not isinstance(value, list)}, flush=True)
-
-        for name in args.models:
-            for dtype in args.dtypes:
-                for batch in args.batches:
-                    for states in args.states:
-                        keep(compare(name, dtype, batch, states, args))
-        for record in () if args.no_growth else growth(args):
-            keep(record)
-    table(records)
+        table([show(record, file) for record in records])
 
 
 if __name__ == "__main__":
