@@ -137,7 +137,7 @@ class FrozenLake:
     def __init__(self, desc, success_rate=1.0, max_steps=8, rng=None, invalid_penalty=0.0, step_cost=0.0,
                  coordinates=False, think=False):
         tiles = "".join(desc)
-        if set(map(len, desc)) != {len(desc[0])} or set(tiles) - set("SFHG") or tiles.count("S") != 1:
+        if len(set(map(len, desc))) != 1 or set(tiles) - set("SFHG") or tiles.count("S") != 1:
             raise ValueError(f"a map is a rectangle of S, F, H and G with one S, not {desc}")
         if not 0 <= success_rate <= 1 or max_steps < 1:
             raise ValueError(f"success_rate {success_rate} is not in [0, 1] or max_steps {max_steps} is below 1")

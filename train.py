@@ -98,7 +98,7 @@ TINY = dict(  # what differs for a model that is born here, and why
     learning_rate=1.5e-3, final_learning_rate=.05, weight_decay=0.0, temperature=1.0,
     beta2=.99, grad_clip=.1,  # gradients grow tenfold when the model begins to look at the map
     max_new_tokens=3,  # <action>, a word, </action>
-    dtype="float32", device="cpu", threads=1, warmup_steps=250)  # two threads gain little on tensors this small
+    dtype="float32", device="cpu", threads=1, warmup_steps=250)
 
 
 def generator(*key):
@@ -312,10 +312,9 @@ def start(settings):
     return learner, tokenizer, lambda text: LanguageAgent(learner.model, tokenizer, text, settings)
 
 
-def train(out, settings):
+def train(out, settings, learner, tokenizer, agent_of):
     """Train to the last iteration, from state.pt where there is one; evaluate, save the model and sum up."""
     clock, path, log, stop = time.perf_counter(), out / "state.pt", out / "metrics.jsonl", []
-    learner, tokenizer, agent_of = start(settings)
     agent = agent_of(settings.lake(frozenlake.MAPS["4x4"]).instructions)
     if path.exists():
         with lm.blaming(path):
@@ -436,7 +435,7 @@ def run(argv):
             s = Settings(**lm.parse_json(path.read_bytes()))
     if mode == "resume":
         done = (folder / "summary.json").exists()
-        return print(f"{folder} is complete: see its summary.json") if done else train(folder, s)
+        return print(f"{folder} is complete: see its summary.json") if done else train(folder, s, *start(s))
     if mode != "tiny":
         found = [str(home) for home in (folder / "model", folder) if (home / "config.json").is_file()]
         lm.ensure(found, f"{folder} is neither a run with a model nor a model: it has no config.json")
@@ -446,14 +445,17 @@ def run(argv):
     fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()  # other CPUs emulate bfloat16
     dtype = s.dtype if s.dtype != "auto" else "bfloat16" if fast else "float32"
     s = replace(s, device=device, dtype=dtype, threads=s.threads or torch.get_num_threads())
+    with lm.blaming(f"--device {device}"):
+        torch.empty(0, device=device)
     if mode in TAKES:
         return (evaluate_all if mode == "eval" else play_one)(start(s)[2], s)
     out = Path(out or next(n for n in (f"runs/{i:04d}" for i in itertools.count(1)) if not Path(n).exists()))
+    lm.ensure(not out.is_dir() or not any(out.iterdir()), f"{out} is not empty: --resume {out}, or choose another --out")
+    started = start(s)  # before the folder is made: what cannot start leaves none
     out.mkdir(parents=True, exist_ok=True)
-    lm.ensure(not any(out.iterdir()), f"{out} is not empty: --resume {out}, or choose another --out")
     write_json(out / "settings.json", asdict(s))
     print(f"this run is {out}; if it is stopped, go on with: python train.py --resume {out}", flush=True)
-    train(out, s)
+    train(out, s, *started)
 
 
 def main(argv=None):
