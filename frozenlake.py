@@ -140,7 +140,7 @@ class FrozenLake:
         if len(set(map(len, desc))) != 1 or set(tiles) - set("SFHG") or tiles.count("S") != 1:
             raise ValueError(f"a map is a rectangle of S, F, H and G with one S, not {desc}")
         if not 0 <= success_rate <= 1 or max_steps < 1:
-            raise ValueError(f"success_rate {success_rate} is not in [0, 1] or max_steps {max_steps} is below 1")
+            raise ValueError(f"success_rate {success_rate} is not in [0, 1] or max_steps {max_steps} below 1")
         self.tiles, self.rows, self.columns = tiles, len(desc), len(desc[0])
         self.success_rate, self.max_steps, self.rng = success_rate, max_steps, rng or np.random.default_rng()
         self.invalid_penalty, self.step_cost = invalid_penalty, step_cost
@@ -188,7 +188,8 @@ class FrozenLake:
         return (f"Cross the frozen lake to the goal without falling into a hole.\n"
                 f"The board has {self.rows} rows and {self.columns} columns. "
                 f"P is you, O is a hole, G is the goal, _ is ice.\n"
-                f"You move one cell a step and have {self.max_steps} steps. The border stops you. The ice is {ice}\n"
+                f"You move one cell a step and have {self.max_steps} steps. The border stops you. "
+                f"The ice is {ice}\n"
                 f"Answer with {thoughts}<action>WORD</action>, where WORD is left, down, right or up.")
 
     def observation(self):

@@ -18,7 +18,6 @@ import math
 import os
 import re
 import unicodedata
-from collections import namedtuple
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -71,10 +70,10 @@ def rope_frequencies(c):
     """Angle per position of each pair of a head's dimensions, (head_dim / 2,), with Llama 3's scaling where
     it is set."""
     frequencies = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)
-    if s := c.rope_scaling:  # long waves are stretched by `factor`, short ones kept, those between interpolated
+    if s := c.rope_scaling:  # long waves are stretched by `factor`, short ones kept, between them a mixture
         turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
-        frequencies = frequencies * torch.lerp(torch.tensor(1 / s["factor"]), torch.tensor(1.0), keep.clamp(0, 1))
+        frequencies = frequencies * (keep.clamp(0, 1) + (1 - keep.clamp(0, 1)) / s["factor"])
     return frequencies
 
 
@@ -95,7 +94,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, bias = c.head_dim, c.attention_bias or c.model_type == "qwen2"
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
-        self.k_proj, self.v_proj = (nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias) for _ in "kv")
+        size = c.num_key_value_heads * c.head_dim
+        self.k_proj, self.v_proj = (nn.Linear(c.hidden_size, size, bias) for _ in "kv")
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias)
         norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
         self.q_norm, self.k_norm = (norm(c.head_dim, c.rms_norm_eps) for _ in "qk")
@@ -107,13 +107,14 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, time, -1, d).permute(2, 0, 1, 3)  # (kv_heads, batch, time, head_dim)
         if past:  # in place while sampling; out of place where autograd needs the old values
             put = torch.Tensor.scatter if torch.is_grad_enabled() else torch.Tensor.scatter_
-            k, v = (put(old, 2, slots[None, :, :, None].expand_as(new), new) for old, new in zip(past, (k, v)))
+            index = slots[None, :, :, None].expand_as(k)
+            k, v = put(past[0], 2, index, k), put(past[1], 2, index, v)
         if not (prefix or past):
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(0, 1), v.transpose(0, 1),
-                                                 is_causal=True, enable_gqa=True)  # (batch, heads, time, head_dim)
+                                                 is_causal=True, enable_gqa=True)
             return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1)), (k, v)
         heads, length = len(k), prefix[0].shape[2]
-        q = (q * d ** -.5).unflatten(2, (heads, -1)).permute(2, 0, 3, 1, 4)  # (kv_heads, batch, groups, time, head_dim)
+        q = (q * d ** -.5).unflatten(2, (heads, -1)).permute(2, 0, 3, 1, 4)  # (kv, batch, groups, time, d)
         shape, q = q.shape, q.reshape(heads, -1, d)
         shared = q @ prefix[0][:, 0].mT  # (kv_heads, batch * groups * time, length)
         own = (q.view(heads, batch, -1, d) @ k.mT).view(*shape[:4], -1) + bias
@@ -128,7 +129,8 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(c.hidden_size, c.intermediate_size, c.mlp_bias) for _ in range(2))
+        size = c.hidden_size, c.intermediate_size
+        self.gate_proj, self.up_proj = (nn.Linear(*size, c.mlp_bias) for _ in range(2))
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x):
@@ -171,19 +173,23 @@ class Transformer(nn.Module):
         stands behind a token never reaches it.
         """
         x, c, device = self.model["embed_tokens"](ids), self.config, ids.device
-        slots = torch.as_tensor(lengths, device=device).view(-1, 1) + torch.arange(ids.shape[1], device=device)
+        steps = torch.arange(ids.shape[1], device=device)
+        slots = torch.as_tensor(lengths, device=device).view(-1, 1) + steps  # (batch or 1, time)
         positions = slots + (prefix[0][0].shape[2] if prefix else 0)  # (batch or 1, time)
         angles = positions[..., None] * rope_frequencies(c).to(device)
-        cos, sin = (f(torch.cat([angles, angles], -1))[:, :, None].to(x.dtype) for f in (torch.cos, torch.sin))
+        angles = torch.cat([angles, angles], -1)[:, :, None]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         later = torch.arange(past[0][0].shape[2] if past else ids.shape[1], device=device) > slots[..., None]
         bias = torch.zeros(later.shape, dtype=x.dtype, device=device).masked_fill(later, -torch.inf)[:, None]
         kept = []
         for i, layer in enumerate(self.model["layers"]):
-            run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and x.requires_grad else layer
+            again = self.recompute and x.requires_grad
+            run = partial(checkpoint, layer, use_reentrant=False) if again else layer
             x, kv = run(x, cos, sin, bias, slots, prefix and prefix[i], past and past[i])
             kept.append(kv)
         x = self.model["norm"](x if rows is None else x.flatten(0, 1)[rows])
-        logits = F.linear(x, self.model["embed_tokens"].weight if c.tie_word_embeddings else self.lm_head.weight)
+        head = self.model["embed_tokens"] if c.tie_word_embeddings else self.lm_head
+        logits = F.linear(x, head.weight)
         return (logits, kept) if keep else logits
 
 
@@ -203,7 +209,8 @@ def within(lengths, width):
 def encode_prefix(model, ids):
     """Keys and values per layer of the instructions that every prompt begins with."""
     device = model.model["embed_tokens"].weight.device
-    return model(torch.tensor([ids], device=device), rows=torch.empty(0, dtype=torch.long, device=device), keep=True)[1]
+    none = torch.empty(0, dtype=torch.long, device=device)
+    return model(torch.tensor([ids], device=device), rows=none, keep=True)[1]
 
 
 def encode_prompts(model, prefix, prompts, room):
@@ -264,7 +271,8 @@ def score(model, prefix, prompts, responses, vocabulary, temperature=1.0):
     """
     pairs = {pair: i for i, pair in enumerate(dict.fromkeys(zip(map(tuple, prompts), map(tuple, responses))))}
     ids, counts = pad([response for _, response in pairs], prefix[0][0].device)  # (unique, time)
-    parent, logits, past, lengths = encode_prompts(model, prefix, [prompt for prompt, _ in pairs], ids.shape[1] - 1)
+    unique, room = [prompt for prompt, _ in pairs], ids.shape[1] - 1
+    parent, logits, past, lengths = encode_prompts(model, prefix, unique, room)
     table = (logits[:, :vocabulary].float() / temperature).log_softmax(-1)  # (prompts, vocabulary)
     logprobs, entropies = table[parent, ids[:, 0]][:, None], -(table.exp() * table).sum(-1)[parent, None]
     if ids.shape[1] > 1:
@@ -329,8 +337,9 @@ def parse_config(data):
     raw |= (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
     kinds = "llama3", "default", None  # `type` is the older name, `full_attention` a rope of its own
     for key, *allowed in (("model_type", *FAMILIES), ("rope_type", *kinds), ("type", *kinds),
-                          ("hidden_act", "silu", None), ("partial_rotary_factor", 1, None), ("full_attention", None),
-                          ("use_sliding_window", False, None), ("quantization_config", None)):
+                          ("hidden_act", "silu", None), ("partial_rotary_factor", 1, None),
+                          ("full_attention", None), ("use_sliding_window", False, None),
+                          ("quantization_config", None)):
         ensure(raw.get(key) in allowed, f"{key} is {raw.get(key)!r:.99}, where {allowed} are supported")
     layers = set(re.findall(r"\w+", str(raw.get("layer_types"))))
     ensure(layers <= {"None", "full_attention"}, f"layer_types is {layers!r:.99}, not full_attention")
@@ -354,7 +363,7 @@ def parse_config(data):
     if "llama3" in (raw.get("rope_type"), raw.get("type")):
         keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
         shape["rope_scaling"] = {"rope_type": "llama3"} | {key: get(key, float) for key in keys}
-        ensure(raw["low_freq_factor"] < raw["high_freq_factor"], "high_freq_factor is not above low_freq_factor")
+        ensure(raw["low_freq_factor"] < raw["high_freq_factor"], "high_freq_factor is below low_freq_factor")
     return Config(raw["model_type"], **shape)
 
 
@@ -441,8 +450,8 @@ def find_tensors(directory):
     return entries
 
 
-# How GPT-2 cuts text into pieces; the same after every digit was cut out, where white space before a digit stays
-# whole; the tiny tokenizer's way: a line of prose, whole, as attention to constant instructions is not for free; a tag;
+# How GPT-2 cuts text into pieces; the same after every digit was cut out, where white space before a digit
+# stays whole; the tiny tokenizer's way: a line of prose, whole, as attention to constants costs time; a tag;
 # a word, number or symbol with the space before it; white space.
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT_PIECES = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
@@ -461,7 +470,8 @@ CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
 def split_pattern(pre_tokenizer):
     """The regular expression of the pieces into which a tokenizer.json's pre_tokenizer cuts text."""
     *first, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    match last["type"] == "ByteLevel" and last["add_prefix_space"] is False, last.get("use_regex", True), first:
+    plain = last["type"] == "ByteLevel" and last["add_prefix_space"] is False
+    match plain, last.get("use_regex", True), first:
         case True, True, []:
             return GPT2_PIECES
         case True, True, [{"type": "Digits", "individual_digits": True}]:
@@ -478,10 +488,11 @@ def merge_ranks(model, special):
     where the merges are in the order of the ids.
     """
     ensure(model["type"] == "BPE", f"model type {model['type']!r:.99} is not BPE")
-    merges = [merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
-    made = [model["vocab"][merge] for merge in merges]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    made = [model["vocab"]["".join(merge)] for merge in merges]
     ensure(made == sorted(made), "merges that are not in the order of the ids are not supported")
-    return {bytes(BYTE_OF[char] for char in token): i for token, i in model["vocab"].items() if token not in special}
+    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+    return {bytes(BYTE_OF[char] for char in token): i for token, i in vocab.items()}
 
 
 class Tokenizer:
@@ -496,17 +507,19 @@ class Tokenizer:
         self.special = {token["content"]: token["id"] for token in raw["added_tokens"]}
         self.normalizer, ranks = raw["normalizer"], merge_ranks(raw["model"], self.special)
         ensure(self.normalizer in (None, {"type": "NFC"}), f"normalizer {self.normalizer!r:.99} is not NFC")
-        self.bytes_of = {i: token for token, i in (ranks | {s.encode(): i for s, i in self.special.items()}).items()}
+        self.bytes_of = {i: token for token, i in ranks.items()}
+        self.bytes_of |= {i: name.encode() for name, i in self.special.items()}
         good = all(type(i) is int and 0 <= i < 1 << 24 for i in self.bytes_of) and b"" not in ranks
-        ensure(good and len(self.bytes_of) == len({*ranks} | {*self.special}), "a token is empty, or its id not its own")
+        ensure(good and len(self.bytes_of) == len(ranks) + len(self.special), "a token is without text or id")
         self.size = max(self.bytes_of) + 1
-        # Bytes that the vocabulary lacks: transformers drops them, tiktoken panics. Here they have ids from size on.
+        # Bytes that the vocabulary lacks: transformers drops them, tiktoken panics. They get ids above size.
         lacking = [byte for byte in (bytes([i]) for i in range(256)) if byte not in ranks]
         ranks |= {byte: self.size + i for i, byte in enumerate(lacking)}
         lost = "".join(f"\\x{byte[0]:02x}" for byte in lacking if byte[0] < 128) or "^\\S\\s"
-        self.lost = re.compile(rf"(?:(?<=[^\w\s])|(?<=[_\x1c-\x1f]))[{lost}]+|[{lost}]+(?=[^\w\s]|[_\x1c-\x1f])")
-        self.encoding = tiktoken.Encoding("", pat_str=split_pattern(raw["pre_tokenizer"]), mergeable_ranks=ranks,
-                                          special_tokens={})
+        before, behind = r"(?:(?<=[^\w\s])|(?<=[_\x1c-\x1f]))", r"(?=[^\w\s]|[_\x1c-\x1f])"
+        self.lost = re.compile(f"{before}[{lost}]+|[{lost}]+{behind}")
+        self.encoding = tiktoken.Encoding("", pat_str=split_pattern(raw["pre_tokenizer"]),
+                                          mergeable_ranks=ranks, special_tokens={})
         before, end, after = next(chat for marker, chat in CHATS.items() if marker in {*self.special, None})
         self.before, self.after = self._template(before), self._template((end or "") + after)
         thinks = model_type == "qwen3" and "<think>" in self.special
@@ -538,16 +551,18 @@ class Tokenizer:
 
 def tiny_tokenizer(texts, end):
     """A Tokenizer of the 256 bytes and of the pieces of some texts, of which `end` ends an answer."""
-    spelt = ["".join(CHAR_OF[byte] for byte in piece.encode()) for text in texts for piece in re.findall(TINY_PIECES, text)]
+    pieces = [piece for text in texts for piece in re.findall(TINY_PIECES, text)]
+    spelt = ["".join(CHAR_OF[byte] for byte in piece.encode()) for piece in pieces]
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*map(CHAR_OF.get, range(256)), *spelt]))}
     pairs = [(token[:i], token[i:]) for token in vocab for i in range(1, len(token))]
     merges = [pair for pair in pairs if vocab.keys() >= set(pair)]  # all those that tiktoken finds
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": TINY_PIECES}, "behavior": "Isolated", "invert": False}
-    return Tokenizer(json.dumps({
+    data = json.dumps({
         "version": "1.0", "added_tokens": [], "normalizer": None, "decoder": bytes_,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
-        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}}).encode(), [vocab[end]])
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}})
+    return Tokenizer(data.encode(), [vocab[end]])
 
 
 def load_pretrained(directory, dtype=torch.float32):
@@ -580,7 +595,8 @@ def load_pretrained(directory, dtype=torch.float32):
     for name, (path, kind, shape, _) in entries.items():
         ensure(shape == shapes[name] and kind.is_floating_point,
                f"{path}: {name} is {kind} {shape}, where the model has floats {shapes[name]}")
-    model.load_state_dict({name: read_tensor(*entry).to(dtype) for name, entry in entries.items()}, assign=True)
+    state = {name: read_tensor(*entry).to(dtype) for name, entry in entries.items()}
+    model.load_state_dict(state, assign=True)
     if "tokenizer.json" not in files:
         return model, None
     with blaming(directory / "tokenizer.json"):
@@ -595,11 +611,13 @@ def save_pretrained(directory, model, tokenizer):
     The files that the model was loaded with are carried over. All are complete beside their places before the
     first takes its own, so an interruption leaves an earlier checkpoint whole.
     """
-    directory, files, end_ids = Path(directory), dict(model.config.files), tokenizer.end_ids if tokenizer else set()
+    directory, files = Path(directory), dict(model.config.files)
+    end_ids = tokenizer.end_ids if tokenizer else set()
     if tokenizer:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast",
                     "eos_token": tokenizer.decode([min(end_ids)]) if end_ids else None}
-        files = {"tokenizer_config.json": json.dumps(settings).encode()} | files | {"tokenizer.json": tokenizer.json}
+        files = {"tokenizer_config.json": json.dumps(settings).encode()} | files
+        files["tokenizer.json"] = tokenizer.json
     files["config.json"] = format_config(model.config, next(model.parameters()).dtype, end_ids)
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

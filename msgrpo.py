@@ -4,20 +4,20 @@ Dilkes, Yazdanpanah, Stein: Reinforced Language Models for Sequential Decision M
 (2025). We could read its abstract, introduction and one caption. What those state is marked [paper]; every
 formula below is our reading.
 
-    TSMG [paper: the environment behind an explicit text interface]. A stochastic game (S, A, T, r, H) with a map
+    TSMG [paper: the environment behind an explicit text interface]. A stochastic game (S, A, T, r, H), a map
          phi: S -> text and a map psi: text -> A or invalid. Here: `Game`.
-    LAP  [paper: the policy as a language model behind that interface]. The model speaks tokens, the game hears actions:
+    LAP  [paper: the policy as a language model behind it]. The model speaks tokens, the game hears actions:
              pi(a|s) = sum over texts y with psi(y) = a of p_theta(y | instructions, phi(s)).
          Only the current state is in the context, no history [paper]. Here: `Policy`.
 
 One iteration:
     1. Play groups of G episodes from the same start: same map, independent slips, independent samples.
     2. Return of an episode: R_i = sum_t r_{i,t}, undiscounted.
-    3. Advantage, relative to the group [paper]: A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-6), over G *episodes*.
-    4. Every token of every step of episode i gets A_i [paper: the entire cumulative episode reward to each step].
+    3. Advantage in the group [paper]: A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-6), over G *episodes*.
+    4. Every token of every step of episode i gets A_i [paper: the entire episode reward to each step].
        `gamma` < 1 is our ablation, credit that fades with the distance from the end: gamma^(T_i - 1 - t) A_i.
-    5. AAW: train on K of the N episodes, drawn with P(i) = |A_i| / sum_j |A_j| [paper: more weight on a large absolute
-       advantage; this form, without replacement, is ours].
+    5. AAW: train on K of N episodes, drawn with P(i) = |A_i| / sum_j |A_j| [paper: more weight on large
+       absolute advantages; this form, without replacement, is ours].
     6. Ascend sum of min(rho A, clip(rho, 1 - eps, 1 + eps) A) / tokens, rho = p_theta / p_old per token.
 
 Left out of GRPO: the KL term (no reference model is held), a mean per sequence before the mean over sequences
@@ -159,7 +159,8 @@ def clipped_objective(logprobs, old_logprobs, advantages, clip):
 def micro_batches(steps, budget):
     """Lists of indices of steps, by length and prompt, each of about `budget` tokens at most."""
     size, batches = 0, [[]]
-    for i in sorted(range(len(steps)), key=lambda i: (len(steps[i].response), len(steps[i].prompt), steps[i].prompt)):
+    kinds = [(len(step.response), len(step.prompt), step.prompt) for step in steps]
+    for i in sorted(range(len(steps)), key=kinds.__getitem__):
         tokens = len(steps[i].prompt) + len(steps[i].response)
         if size + tokens > budget and batches[-1]:
             size, batches = 0, [*batches, []]
@@ -209,7 +210,8 @@ def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, ent
         loss = -(objective + entropy_coef * entropies).sum() / tokens
         loss.backward()
         with torch.no_grad():
-            sums += torch.stack([loss * tokens, entropies.sum(), clipped.sum(), (logprobs - old).abs().sum()]).cpu()
+            gap = (logprobs - old).abs().sum()
+            sums += torch.stack([loss * tokens, entropies.sum(), clipped.sum(), gap]).cpu()
     scored = max(1, sum(len(steps[i].response) for i in kept))
     loss, entropy, clipped, gap = sums.tolist()
     return {"loss": loss / max(tokens, 1), "entropy": entropy / scored, "clip_share": clipped / scored,

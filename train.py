@@ -2,7 +2,7 @@
 play.
 
     python train.py --tiny                      a transformer from nothing, on a laptop's CPU
-    python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama directory as Hugging Face has it
+    python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama in Hugging Face's format
     python train.py --resume DIR                go on with a run that was stopped or killed
     python train.py --eval DIR, or --play DIR   what a run or a checkpoint can do, in figures or move by move
 
@@ -74,24 +74,25 @@ class Settings:
     checkpoint_every: int = setting(20, "iterations between states to resume from", 1)
     eval_every: int = setting(0, "iterations between evaluations on noslip; 0: at the end alone")
     eval_episodes: int = setting(1000, "of each scenario that slips or is larger", 1)
-    warmup_steps: int = setting(0, "steps of next-token prediction on the game's text, for want of pretraining")
+    warmup_steps: int = setting(0, "steps of next-token prediction on the game's text, as pretraining")
 
     def __post_init__(self):
         for f in fields(self):
             value, (low, high, choices) = getattr(self, f.name), f.metadata["range"]
-            good = type(value) in {f.type, int if f.type is float else f.type} and value in (choices or [value])
+            kinds = (int, float) if f.type is float else (f.type,)  # to isinstance, True is an int
+            good = type(value) in kinds and value in (choices or [value])
             lm.ensure(good and (f.type in (str, bool) or low <= value <= high),
                       f"--{f.name.replace('_', '-')} {value} is not {choices or f'in [{low}, {high}]'}")
 
     def lake(self, desc, *key, scenario=None):
         """The game on one map, with this run's text and rewards; its random numbers follow from the key."""
         s = SCENARIOS[scenario or self.scenario]
-        return FrozenLake(desc, s.success_rate, s.max_steps, generator(*key), self.invalid_penalty, self.step_cost,
-                          self.coordinates, self.think)
+        return FrozenLake(desc, s.success_rate, s.max_steps, generator(*key), self.invalid_penalty,
+                          self.step_cost, self.coordinates, self.think)
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=200, groups=64, group_size=32, update_episodes=128,  # who starts from nothing needs more of all
+    iterations=250, groups=64, group_size=32, update_episodes=128,  # from nothing it takes more
     replay=.5,  # soon most groups are all alike, and teach nothing
     normalize_std=False,  # the std blows up groups that are nearly all alike, and soon all are
     entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty the answers' form
@@ -187,14 +188,16 @@ def hand_on_gradient(weight, low):
 def tiny_start(settings):
     """A new tiny model and its tokenizer, whose words are the game's."""
     texts = ["P _ O G\n_ P O G", *(f"<action>{word}</action>" for word in frozenlake.ACTIONS)]
-    boards = {name: ["S" + "G" * (s.size - 1), *["G" * s.size] * (s.size - 1)] for name, s in SCENARIOS.items()}
-    texts += [settings.lake(desc, scenario=name).instructions for name, desc in boards.items()]
+    for name, s in SCENARIOS.items():
+        desc = ["S" + "G" * (s.size - 1), *["G" * s.size] * (s.size - 1)]
+        texts.append(settings.lake(desc, scenario=name).instructions)
     tokenizer = lm.tiny_tokenizer(texts, "</action>")
-    model = lm.Transformer(lm.Config("llama", tokenizer.size, 48, 96, num_hidden_layers=3, num_attention_heads=4,
-                                     num_key_value_heads=2, head_dim=12, rope_theta=100.0, tie_word_embeddings=True))
+    model = lm.Transformer(lm.Config(
+        "llama", tokenizer.size, hidden_size=48, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, rope_theta=1e2, tie_word_embeddings=True))
     torch.manual_seed(settings.seed)
     for name, weight in model.named_parameters():
-        if weight.dim() == 2:  # a layer keeps its input's size, a residual branch adds a part, embeddings are small
+        if weight.dim() == 2:  # a layer keeps its input's size, a branch adds a part, embeddings are small
             branch = 6 ** -.5 if "o_proj" in name or "down_proj" in name else 1.0
             torch.nn.init.normal_(weight, std=.02 if "embed" in name else branch * weight.shape[1] ** -.5)
     return model, tokenizer
@@ -260,7 +263,7 @@ def iterate(agent, learner, s, iteration, failed):
     advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
     drawn = msgrpo.draw_episodes(advantages, s.sampling, max(1, round(s.keep * len(episodes))), rng)
 
-    rate = s.learning_rate * min(1, iteration / 10) * (  # a ramp, as Adam knows little at first; then linear decay
+    rate = s.learning_rate * min(1, iteration / 10) * (  # a ramp, as Adam knows little at first; a decay
         1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate))
     chosen, updates = [episodes[i] for i in drawn], []
     gap = None if s.dtype == "float32" else msgrpo.rescore(agent, chosen, s.micro_batch_tokens)
@@ -275,8 +278,9 @@ def iterate(agent, learner, s, iteration, failed):
     steps = [step for episode in episodes for step in episode.steps]
     tokens = {"generated_tokens": sum(len(step.response) for step in steps),
               "trained_tokens": sum(update["tokens"] for update in updates)}
-    return {"iteration": iteration, "success": success[count:].float().mean().item() if count < s.groups else None,
-            "return": returns.mean().item(), "steps": len(steps) / len(episodes),
+    fresh = success[count:].float().mean().item() if count < s.groups else None
+    return {"iteration": iteration, "success": fresh, "return": returns.mean().item(),
+            "steps": len(steps) / len(episodes),
             **{key: sum(getattr(step, key) for step in steps) / len(steps) for key in ("valid", "truncated")},
             **{key: sum(m[key] * m["tokens"] for m in updates) / tokens["trained_tokens"] if updates else None
                for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")},
@@ -327,10 +331,11 @@ def train(out, settings, learner, tokenizer, agent_of):
     else:
         warm_up(agent, tokenizer, learner, settings)
         before = evaluate(agent_of, "noslip", settings, greedy=False)
-        progress = {"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "trained_tokens": 0, "before": before,
-                    "failed": []}
-        print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; before training, sampled on "
-              f"held-out maps: success {before['success']:.4f} (a random player {before['random']:.4f}), "
+        progress = {"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "trained_tokens": 0,
+                    "before": before, "failed": []}
+        size = sum(p.numel() for p in learner.master.parameters())
+        print(f"{size:,} parameters; before training, sampled on held-out maps: "
+              f"success {before['success']:.4f} (a random player {before['random']:.4f}), "
               f"well-formed answers {before['valid']:.4f}", flush=True)
     clock -= progress["seconds"]
     lines = log.read_text().splitlines(keepends=True)[:progress["iteration"]] if log.exists() else []
@@ -380,7 +385,7 @@ def evaluate_all(agent_of, settings):
     for name in SCENARIOS:
         r = results[name] = evaluate(agent_of, name, settings)
         print(f"{name:12s} {r['success']:.4f} ±{r['half_interval']:.4f}  {r['unweighted']:.4f}      "
-              f"{r['valid']:.3f}  {r['random']:.4f}  {r['optimal']:.4f}   {r['episodes']} episodes", flush=True)
+              f"{r['valid']:.3f}  {r['random']:.4f}  {r['optimal']:.4f}   {r['episodes']} games", flush=True)
     return results
 
 
@@ -391,7 +396,8 @@ def play_one(agent_of, settings):
     agent = agent_of(lake.instructions)
     print(f"\n{lake.instructions}\n")
     for step in msgrpo.play(agent, [lake], greedy=True)[0].steps:
-        print(agent.decode(step.prompt) + step.text + ("\n" if step.valid else "   (invalid: nothing moves)\n"))
+        note = "" if step.valid else "   (invalid: nothing moves)"
+        print(f"{agent.decode(step.prompt)}{step.text}{note}\n")
     end = "reached" if lake.success else "did not reach"
     print(f"{lake.observation()}\n{end} the goal in {lake.steps} steps\n")
 
@@ -399,13 +405,13 @@ def play_one(agent_of, settings):
 MODES = {"checkpoint": "train a pretrained model, or go on from a run's", "resume": "go on with a run",
          "eval": "evaluate a run or a model", "play": "watch a run or a model play a map that --seed chooses"}
 VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
-TAKES = {"resume": set(), "eval": VIEW | {"eval_episodes"}, "play": VIEW | {"seed", "scenario"}}  # others: all
+TAKES = {"resume": set(), "eval": VIEW | {"eval_episodes"}, "play": VIEW | {"seed", "scenario"}}
 
 
 def parse(argv):
     """(mode, its folder, out or None, {setting: value given}); ValueError on bad use."""
-    parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(None, None, __doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = functools.partial(lm.ensure, False)  # in one line, like all other errors
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--tiny", action="store_const", const=".", help="train a tiny model from nothing")
@@ -450,7 +456,8 @@ def run(argv):
     if mode in TAKES:
         return (evaluate_all if mode == "eval" else play_one)(start(s)[2], s)
     out = Path(out or next(n for n in (f"runs/{i:04d}" for i in itertools.count(1)) if not Path(n).exists()))
-    lm.ensure(not out.is_dir() or not any(out.iterdir()), f"{out} is not empty: --resume {out}, or choose another --out")
+    used = out.is_dir() and any(out.iterdir())
+    lm.ensure(not used, f"{out} is not empty: --resume {out}, or choose another --out")
     started = start(s)  # before the folder is made: what cannot start leaves none
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "settings.json", asdict(s))
