@@ -385,7 +385,8 @@ def evaluate_all(agent_of, settings):
     for name in SCENARIOS:
         r = results[name] = evaluate(agent_of, name, settings)
         print(f"{name:12s} {r['success']:.4f} ±{r['half_interval']:.4f}  {r['unweighted']:.4f}      "
-              f"{r['valid']:.3f}  {r['random']:.4f}  {r['optimal']:.4f}   {r['episodes']} games", flush=True)
+              f"{r['valid']:.3f}  {r['random']:.4f}  {r['optimal']:.4f}   "
+              f"{r['episodes']} episodes", flush=True)
     return results
 
 
