@@ -614,8 +614,8 @@ def save_pretrained(directory, model, tokenizer):
     directory, files = Path(directory), dict(model.config.files)
     end_ids = tokenizer.end_ids if tokenizer else set()
     if tokenizer:
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast",
-                    "eos_token": tokenizer.decode([min(end_ids)]) if end_ids else None}
+        ends = [name for name, i in tokenizer.special.items() if i in end_ids]  # a word stays a word of its text
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ends[0] if ends else None}
         files = {"tokenizer_config.json": json.dumps(settings).encode()} | files
         files["tokenizer.json"] = tokenizer.json
     files["config.json"] = format_config(model.config, next(model.parameters()).dtype, end_ids)
