@@ -614,7 +614,7 @@ def save_pretrained(directory, model, tokenizer):
     directory, files = Path(directory), dict(model.config.files)
     end_ids = tokenizer.end_ids if tokenizer else set()
     if tokenizer:
-        ends = [name for name, i in tokenizer.special.items() if i in end_ids]  # a word stays a word of its text
+        ends = [name for name, i in tokenizer.special.items() if i in end_ids]  # a word stays a word
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ends[0] if ends else None}
         files = {"tokenizer_config.json": json.dumps(settings).encode()} | files
         files["tokenizer.json"] = tokenizer.json

@@ -733,6 +733,8 @@ def test_tiny_tokenizer_and_save(tmp_path):
     model, tokenizer = small_model()
     assert len(tokenizer.encode("<action>left</action> left P _\n")) == 8 and tokenizer.size == 256 + 7
     lm.save_pretrained(tmp_path, model, tokenizer)
+    # a special token would make transformers cut the instructions where they mention the tag
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] is None
     again, back = lm.load_pretrained(tmp_path)
     text = "Go <left> 日本 left\n<|end|>"
     ids = torch.tensor([tokenizer.encode(text)])

@@ -130,6 +130,7 @@ class Theirs:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+        self.model.get_input_embeddings().padding_idx = None  # else <|im_end|>, read, has no gradient
         self.model.generation_config = transformers.GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=0,
             use_cache=True)
