@@ -19,7 +19,7 @@ import os
 import re
 import unicodedata
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import tiktoken
@@ -60,35 +60,57 @@ class Config:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) in float32, cast back, times the weight."""
+    """x / rms(x), computed in float32 and cast back, times the weight."""
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
-def rope_frequencies(c):
-    """Angle per position of each pair of a head's dimensions, (head_dim / 2,), with Llama 3's scaling where
-    it is set."""
+def rotary(c, positions, dtype):
+    """cos and sin of the angles of positions (batch, time), each (batch, time, 1, head_dim), for `rotate`.
+
+    Llama 3's scaling stretches long waves by `factor`, keeps short ones and mixes both between.
+    """
     frequencies = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)
-    if s := c.rope_scaling:  # long waves are stretched by `factor`, short ones kept, between them a mixture
+    if s := c.rope_scaling:
         turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         frequencies = frequencies * (keep.clamp(0, 1) + (1 - keep.clamp(0, 1)) / s["factor"])
-    return frequencies
+    angles = positions[..., None, None] * frequencies.to(positions.device)
+    return torch.cat([angles, angles], -1).cos().to(dtype), torch.cat([-angles, angles], -1).sin().to(dtype)
 
 
 def rotate(x, cos, sin):
     """Rotary positions in the split-halves form of these weights: x (batch, time, heads, head_dim)."""
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def causal(layer, q, k, v):
+    """Each token sees its row up to itself: q (batch, time, heads, head_dim), k and v (kv_heads, batch, time,
+    head_dim) -> (batch, time, heads * head_dim)."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(0, 1), v.transpose(0, 1),
+                                          is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+
+
+def attention(q, k, v, hidden, prefix):
+    """Each token sees its row's slots of k and v, but those `hidden` (batch or 1, time, slots) from it, and all
+    of a prefix that the rows share: keys and values of batch size one, one matrix product a head for all rows.
+
+    Shapes as for `causal`.
+    """
+    (batch, time, _, d), heads, length = q.shape, len(k), prefix[0].shape[2]
+    q = (q * d ** -.5).unflatten(2, (heads, -1)).permute(2, 0, 3, 1, 4)  # (kv_heads, batch, group, time, d)
+    shape, q = q.shape, q.reshape(heads, -1, d)
+    own = (q.view(heads, batch, -1, d) @ k.mT).view(*shape[:4], -1).masked_fill_(hidden[:, None], -torch.inf)
+    shared = (q @ prefix[0][:, 0].mT).view(*shape[:4], length)
+    weights = torch.cat([shared, own], -1).softmax(-1).view(heads, batch, -1, length + own.shape[-1])
+    shared, own = weights.split([length, own.shape[-1]], -1)
+    out = (own @ v).view(shape) + (shared.flatten(1, 2) @ prefix[1][:, 0]).view(shape)
+    return out.permute(1, 3, 0, 2, 4).reshape(batch, time, -1)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention to a prefix that all rows share, to each row's past, and to the tokens
-    themselves.
-
-    Keys and values are (kv_heads, batch, slots, head_dim): the shared part is one matrix product per kv head.
-    """
+    """Grouped-query attention; `attend` says what each token sees."""
 
     def __init__(self, c):
         super().__init__()
@@ -100,28 +122,12 @@ class Attention(nn.Module):
         norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
         self.q_norm, self.k_norm = (norm(c.head_dim, c.rms_norm_eps) for _ in "qk")
 
-    def forward(self, x, cos, sin, bias, slots, prefix, past):
-        (batch, time, _), d = x.shape, self.head_dim
-        q = rotate(self.q_norm(self.q_proj(x).view(batch, time, -1, d)), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(x).view(batch, time, -1, d)), cos, sin).permute(2, 0, 1, 3)
-        v = self.v_proj(x).view(batch, time, -1, d).permute(2, 0, 1, 3)  # (kv_heads, batch, time, head_dim)
-        if past:  # in place while sampling; out of place where autograd needs the old values
-            put = torch.Tensor.scatter if torch.is_grad_enabled() else torch.Tensor.scatter_
-            index = slots[None, :, :, None].expand_as(k)
-            k, v = put(past[0], 2, index, k), put(past[1], 2, index, v)
-        if not (prefix or past):
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(0, 1), v.transpose(0, 1),
-                                                 is_causal=True, enable_gqa=True)
-            return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1)), (k, v)
-        heads, length = len(k), prefix[0].shape[2]
-        q = (q * d ** -.5).unflatten(2, (heads, -1)).permute(2, 0, 3, 1, 4)  # (kv, batch, groups, time, d)
-        shape, q = q.shape, q.reshape(heads, -1, d)
-        shared = q @ prefix[0][:, 0].mT  # (kv_heads, batch * groups * time, length)
-        own = (q.view(heads, batch, -1, d) @ k.mT).view(*shape[:4], -1) + bias
-        weights = torch.cat([shared.view(*shape[:4], length), own], -1).softmax(-1)
-        shared, own = weights.view(heads, batch, -1, weights.shape[-1]).split([length, own.shape[-1]], -1)
-        out = (own @ v).view(shape) + (shared.flatten(1, 2) @ prefix[1][:, 0]).view(shape)
-        return self.o_proj(out.permute(1, 3, 0, 2, 4).reshape(batch, time, -1)), (k, v)
+    def forward(self, x, cos, sin, attend):
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(shape)), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(x).view(shape)), cos, sin)
+        k, v = (x.permute(2, 0, 1, 3) for x in (k, self.v_proj(x).view(shape)))
+        return self.o_proj(attend(q, k, v))
 
 
 class MLP(nn.Module):
@@ -141,13 +147,12 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm, self.post_attention_layernorm = (
+            RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, *context):
-        attended, kv = self.self_attn(self.input_layernorm(x), *context)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
@@ -163,40 +168,32 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids, prefix=None, past=None, lengths=0, rows=None, keep=False):
+    def forward(self, ids, positions=None, attend=causal, rows=None):
         """Logits of the next token: ids (batch, time) int64 -> (batch, time, vocabulary).
 
-        prefix: keys and values per layer of tokens that stand before every row (batch size one); past: those
-        of each row, with free slots behind its `lengths` (batch,) tokens, where the new ones go; rows:
-        indices into the flattened (batch * time) positions, to have logits of these alone, (rows,
-        vocabulary); keep: return (logits, keys and values per layer). Rows are padded at their end: what
-        stands behind a token never reaches it.
+        positions: (batch or 1, time), by default 0, 1, ...; attend(layer, q, k, v): what each token sees; rows:
+        indices into the flattened (batch * time), to have logits of these alone, (rows, vocabulary).
         """
-        x, c, device = self.model["embed_tokens"](ids), self.config, ids.device
-        steps = torch.arange(ids.shape[1], device=device)
-        slots = torch.as_tensor(lengths, device=device).view(-1, 1) + steps  # (batch or 1, time)
-        positions = slots + (prefix[0][0].shape[2] if prefix else 0)  # (batch or 1, time)
-        angles = positions[..., None] * rope_frequencies(c).to(device)
-        angles = torch.cat([angles, angles], -1)[:, :, None]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        later = torch.arange(past[0][0].shape[2] if past else ids.shape[1], device=device) > slots[..., None]
-        bias = torch.zeros(later.shape, dtype=x.dtype, device=device).masked_fill(later, -torch.inf)[:, None]
-        kept = []
+        x, tied = self.model["embed_tokens"](ids), self.config.tie_word_embeddings
+        positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
+        cos, sin = rotary(self.config, positions, x.dtype)
         for i, layer in enumerate(self.model["layers"]):
             again = self.recompute and x.requires_grad
             run = partial(checkpoint, layer, use_reentrant=False) if again else layer
-            x, kv = run(x, cos, sin, bias, slots, prefix and prefix[i], past and past[i])
-            kept.append(kv)
+            x = run(x, cos, sin, partial(attend, i))
         x = self.model["norm"](x if rows is None else x.flatten(0, 1)[rows])
-        head = self.model["embed_tokens"] if c.tie_word_embeddings else self.lm_head
-        logits = F.linear(x, head.weight)
-        return (logits, kept) if keep else logits
+        return F.linear(x, self.model["embed_tokens"].weight if tied else self.lm_head.weight)
+
+
+def numbered(items):
+    """{item: its number}, each of them once, in order."""
+    return {item: i for i, item in enumerate(dict.fromkeys(items))}
 
 
 def pad(sequences, device):
     """Lists of ids -> (batch, longest) int64, zeros behind each, and their lengths (batch,)."""
     lengths = torch.tensor([len(s) for s in sequences])
-    ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+    ids = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.long)
     ids[within(lengths, ids.shape[1])] = torch.tensor([token for s in sequences for token in s])
     return ids.to(device), lengths.to(device)
 
@@ -206,84 +203,131 @@ def within(lengths, width):
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def encode_prefix(model, ids):
-    """Keys and values per layer of the instructions that every prompt begins with."""
-    device = model.model["embed_tokens"].weight.device
-    none = torch.empty(0, dtype=torch.long, device=device)
-    return model(torch.tensor([ids], device=device), rows=none, keep=True)[1]
+def ahead(width):
+    """Which of `width` positions are ahead of each of them: (1, width, width) bool."""
+    return torch.ones(1, width, width, dtype=torch.bool).triu(1)
 
 
-def encode_prompts(model, prefix, prompts, room):
-    """Equal prompts once: (each prompt's row, next-token logits, keys and values with `room` free slots,
-    lengths)."""
-    rows = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    ids, lengths = pad(list(rows), prefix[0][0].device)
-    last = torch.arange(len(rows), device=ids.device) * ids.shape[1] + lengths - 1
-    logits, past = model(ids, prefix, rows=last, keep=True)
-    past = [tuple(F.pad(x, (0, 0, 0, room)) for x in kv) for kv in past]
-    return torch.tensor([rows[tuple(p)] for p in prompts], device=ids.device), logits, past, lengths
+class LanguageAgent:
+    """A language-agent policy (msgrpo.Policy): a transformer that reads the instructions before every state.
 
-
-@torch.no_grad()
-def generate(model, prefix, prompts, uniforms, limit, end_ids, vocabulary, temperature=1.0):
-    """Continue each prompt (a list of ids after the prefix) until an end token, which belongs to the answer,
-    or the limit.
-
-    uniforms: (prompts, limit) numbers in [0, 1), one per token, so that what a row samples does not depend on
-    its batch; None picks the likeliest token. Returns ids and log-probabilities at `temperature` over the
-    first `vocabulary` tokens, a list of lists each. Rows that have said the same so far share one row of the
-    batch; ended ones leave it.
+    Prompts are branches of one tree: instructions that all share, a state that many share, an answer of a few
+    tokens. Each node is run once, when sampling and when scoring alike; this is exact, gradients included.
     """
-    parent, logits, past, lengths = encode_prompts(model, prefix, prompts, limit - 1)
-    device, ends = logits.device, torch.tensor(sorted(end_ids), device=logits.device)
-    uniforms = None if uniforms is None else torch.as_tensor(uniforms, dtype=torch.float32, device=device)
-    tokens = torch.full((len(prompts), limit), -1, device=device)
-    logprobs = torch.zeros(len(prompts), limit, device=device)
-    alive = torch.arange(len(prompts), device=device)  # rows that go on; parent: their row of the batch
-    for t in range(limit):
-        table = (logits[:, :vocabulary].float() / temperature).log_softmax(-1)
-        if uniforms is None:
-            token = table.argmax(-1)[parent]
-        else:  # the inverse of the cumulative distribution
-            cumulative = table.exp().cumsum(-1)[parent]
-            target = uniforms[alive, t:t + 1] * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=table.shape[1] - 1)
-        tokens[alive, t], logprobs[alive, t] = token, table[parent, token]
-        going = ~torch.isin(token, ends)
-        alive, parent, token = alive[going], parent[going], token[going]
-        if t + 1 == limit or not len(alive):
-            break
-        branches, parent = (parent * vocabulary + token).unique(return_inverse=True)
-        source = branches // vocabulary
-        if not torch.equal(source, torch.arange(len(lengths), device=device)):
-            past, lengths = [(k[:, source], v[:, source]) for k, v in past], lengths[source]
-        logits = model(branches[:, None] % vocabulary, prefix, past, lengths)[:, 0]
-        lengths = lengths + 1
-    counts = (tokens >= 0).sum(1).tolist()
-    return tuple([row[:n] for row, n in zip(x.tolist(), counts)] for x in (tokens, logprobs))
 
+    def __init__(self, model, tokenizer, instructions, temperature=1.0, max_new_tokens=16, think=False):
+        self.model, self.tokenizer, device = model, tokenizer, next(model.parameters()).device
+        self.tensor, self.range = (partial(f, device=device) for f in (torch.tensor, torch.arange))
+        self.instructions, self.ends = tokenizer.prefix(instructions), self.tensor(sorted(tokenizer.end_ids))
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.encode = lru_cache(65536)(lambda state: tuple(tokenizer.suffix(state, think)))
+        self.decode = lru_cache(65536)(tokenizer.decode)
+        self.refresh()
 
-def score(model, prefix, prompts, responses, vocabulary, temperature=1.0):
-    """Log-probabilities and entropies of the responses' tokens, each (tokens of all responses in their
-    order,).
+    @torch.no_grad()
+    def refresh(self):
+        """After an update: run the instructions through the weights as they are; keep their keys and values."""
+        self.prefix, self.greedy = [], {}
 
-    The same numbers as `generate` gave, with gradient. Logits are computed at response positions alone.
-    """
-    pairs = {pair: i for i, pair in enumerate(dict.fromkeys(zip(map(tuple, prompts), map(tuple, responses))))}
-    ids, counts = pad([response for _, response in pairs], prefix[0][0].device)  # (unique, time)
-    unique, room = [prompt for prompt, _ in pairs], ids.shape[1] - 1
-    parent, logits, past, lengths = encode_prompts(model, prefix, unique, room)
-    table = (logits[:, :vocabulary].float() / temperature).log_softmax(-1)  # (prompts, vocabulary)
-    logprobs, entropies = table[parent, ids[:, 0]][:, None], -(table.exp() * table).sum(-1)[parent, None]
-    if ids.shape[1] > 1:
-        past = [(k[:, parent], v[:, parent]) for k, v in past]
-        logits = model(ids[:, :-1], prefix, past, lengths[parent])[..., :vocabulary]
-        table = (logits.float() / temperature).log_softmax(-1)  # (unique, time - 1, vocabulary)
-        logprobs = torch.cat([logprobs, table.gather(2, ids[:, 1:, None])[..., 0]], 1)
-        entropies = torch.cat([entropies, -(table.exp() * table).sum(-1)], 1)
-    row = torch.tensor([pairs[tuple(p), tuple(r)] for p, r in zip(prompts, responses)], device=ids.device)
-    real = within(counts, ids.shape[1])[row]
-    return logprobs[row][real], entropies[row][real]
+        def attend(layer, q, k, v):
+            self.prefix.append((k, v))
+            return causal(layer, q, k, v)
+        self.model(self.tensor([self.instructions]), attend=attend, rows=[])
+
+    def log_probabilities(self, logits):
+        """Of the tokenizer's tokens, (rows, size), at this temperature; a model may have more rows than these."""
+        return (logits[:, :self.tokenizer.size].float() / self.temperature).log_softmax(-1)
+
+    def act(self, observations, uniforms):
+        """Answers, as `msgrpo.Policy` says; greedy ones are remembered until the next `refresh`."""
+        prompts = [self.encode(state) for state in observations]
+        if uniforms is not None:
+            return self.generate(prompts, self.tensor(uniforms, dtype=torch.float32))
+        if new := [prompt for prompt in numbered(prompts) if prompt not in self.greedy]:
+            self.greedy |= zip(new, self.generate(new, None))
+        return [self.greedy[prompt] for prompt in prompts]
+
+    @torch.no_grad()
+    def generate(self, prompts, uniforms):
+        """Continue prompts until an end token or the limit. Those that have said the same so far share one row
+        of the batch, ended ones leave it. A uniform picks its token by the inverse of the cumulative
+        distribution, so that an answer does not depend on its batch."""
+        index, size, limit = numbered(prompts), self.tokenizer.size, self.max_new_tokens
+        ids, lengths = pad(index, self.ends.device)
+        head, (count, width) = len(self.instructions), ids.shape
+        hidden, end, past = ahead(width).to(ids.device), width, []
+
+        def attend(layer, q, k, v):
+            if layer == len(past):  # room for the answer's tokens too
+                past.append([x.new_empty(*x.shape[:2], width + limit - 1, x.shape[3]) for x in (k, v)])
+            for kept, new in zip(past[layer], (k, v)):
+                kept[:, :, end - new.shape[2]:end] = new
+            return attention(q, *(kept[:, :, :end] for kept in past[layer]), hidden, self.prefix[layer])
+
+        last = self.range(count) * width + lengths - 1
+        logits = self.model(ids, head + self.range(width)[None], attend, last)
+        alive, parent = self.range(len(prompts)), self.tensor([index[prompt] for prompt in prompts])  # its row
+        tokens = torch.full((len(prompts), limit), -1, device=ids.device)
+        logprobs = torch.zeros(tokens.shape, device=ids.device)
+        for t in range(limit):
+            table = self.log_probabilities(logits)
+            if uniforms is None:
+                token = table.argmax(-1)[parent]
+            else:
+                cumulative = table.exp().cumsum(-1)[parent]
+                target = uniforms[alive, t:t + 1] * cumulative[:, -1:]
+                token = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=size - 1)
+            tokens[alive, t], logprobs[alive, t] = token, table[parent, token]
+            on = ~torch.isin(token, self.ends)
+            alive = alive[on]
+            if t + 1 == limit or not len(alive):
+                break
+            branches, parent = (parent[on] * size + token[on]).unique(return_inverse=True)
+            rows, new = branches // size, branches[:, None] % size
+            if not torch.equal(rows, self.range(len(lengths))):
+                past, lengths = [[x[:, rows] for x in kv] for kv in past], lengths[rows]
+            end = width + t + 1
+            hidden = F.pad(~within(lengths, width), (0, t + 1))[:, None]
+            logits = self.model(new, head + lengths[:, None] + t, attend)[:, 0]
+        replies = [tuple(i for i in row if i >= 0) for row in tokens.tolist()]
+        return [(prompt, reply, logs[:len(reply)], self.decode(reply), reply[-1] not in self.tokenizer.end_ids)
+                for prompt, reply, logs in zip(prompts, replies, logprobs.tolist())]
+
+    def score(self, steps):
+        """As `msgrpo.Policy` says: the numbers that `act` gave, with gradient, by one pass over one row that
+        packs the tree: the instructions, the prompts, and the answers to them without their last tokens."""
+        answers = numbered((step.prompt, step.response) for step in steps)
+        prompts = numbered(prompt for prompt, _ in answers)
+        ids, lengths = pad(prompts, self.ends.device)
+        replies, counts = pad([response for _, response in answers], self.ends.device)
+        parent = self.tensor([prompts[prompt] for prompt, _ in answers])
+        shapes = (1, len(self.instructions)), tuple(ids.shape), (len(replies), replies.shape[1] - 1)
+        (_, head), (_, width), (_, time) = shapes
+        seen = ahead(width).to(ids.device)
+        hidden = torch.cat([~within(lengths, width)[parent, None].expand(-1, time, -1),
+                            ahead(time).to(ids.device).expand(len(replies), -1, -1)], 2)
+
+        def split(x, dim):
+            parts = x.split([rows * columns for rows, columns in shapes], dim)
+            return [part.unflatten(dim, shape) for part, shape in zip(parts, shapes)]
+
+        def attend(layer, q, k, v):
+            (q0, q1, q2), (k0, k1, k2), (v0, v1, v2) = split(q[0], 0), split(k[:, 0], 1), split(v[:, 0], 1)
+            k2, v2 = torch.cat([k1[:, parent], k2], 2), torch.cat([v1[:, parent], v2], 2)
+            out = (causal(layer, q0, k0, v0), attention(q1, k1, v1, seen, (k0, v0)),
+                   attention(q2, k2, v2, hidden, (k0, v0)))
+            return torch.cat([x.flatten(0, 1) for x in out])[None]
+
+        packed = torch.cat([self.tensor(self.instructions), ids.flatten(), replies[:, :-1].flatten()])
+        positions = torch.cat([self.range(head), (head + self.range(width)).repeat(len(ids)),
+                               (head + lengths[parent, None] + self.range(time)).flatten()])
+        first = head + parent * width + lengths[parent] - 1  # the place before each reply's tokens
+        later = head + ids.numel() + self.range(replies[:, :-1].numel()).view(len(replies), time)
+        order = self.tensor([answers[step.prompt, step.response] for step in steps])
+        real = within(counts, time + 1)[order]
+        places, at = torch.cat([first[:, None], later], 1)[order][real].unique(return_inverse=True)
+        table = self.log_probabilities(self.model(packed[None], positions[None], attend, places))
+        return table[at, replies[order][real]], -(table.exp() * table).sum(-1)[at]
 
 
 def ensure(good, reason):

@@ -27,6 +27,7 @@ earned before t)] = 0, and usually one of more variance than reward to go; with 
 gamma = 1, both are the same number. The std rescales groups, and AAW follows sum_i |A_i| A_i grad log pi
 instead: a deliberate bias.
 """
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -58,15 +59,16 @@ class Step:
     truncated: bool = False  # the limit came before an end token
     reward: float = 0.0
     valid: bool = False
+    credit: float = 0.0  # what each of its tokens is paid
 
 
 class Policy(Protocol):
     """A language-agent policy (LAP): a language model, with its instructions before every prompt."""
     max_new_tokens: int
 
-    def act(self, observations: list[str], uniforms: np.ndarray | None) -> list[Step]:
-        """Answer each observation; uniforms (observations, max_new_tokens) decide the samples, None is
-        greedy."""
+    def act(self, observations: list[str], uniforms: np.ndarray | None) -> list[tuple]:
+        """Answer each observation: the first five fields of its Step. uniforms (observations, max_new_tokens) in
+        [0, 1) decide the samples; None is greedy."""
 
     def score(self, steps: list[Step]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities, with gradient, and entropies of all response tokens in order, each (tokens,)."""
@@ -76,7 +78,6 @@ class Policy(Protocol):
 class Episode:
     steps: list[Step] = field(default_factory=list)
     success: bool = False
-    done: bool = False
 
     @property
     def total_reward(self):
@@ -85,30 +86,29 @@ class Episode:
 
 
 def play(policy, games, greedy=False):
-    """Play the games to their ends in lockstep, one batch of answers a step; ended ones leave. Returns their
-    episodes.
+    """Play the games to their ends in lockstep, one batch of answers a step; ended ones leave: their episodes.
 
-    An episode's samples come from its game's own generator, so they do not depend on what else is in the
-    batch.
+    An episode's samples come from its game's own generator, so they do not depend on what else is played.
     """
     episodes = [Episode() for _ in games]
     live = list(zip(games, episodes))
     while live:
         uniforms = None if greedy else np.stack([game.rng.random(policy.max_new_tokens) for game, _ in live])
-        steps = policy.act([game.observation() for game, _ in live], uniforms)
-        for step, (game, episode) in zip(steps, live):
-            step.reward, episode.done, step.valid = game.step(step.text)
+        answers, playing, live = policy.act([game.observation() for game, _ in live], uniforms), live, []
+        for answer, (game, episode) in zip(answers, playing):
+            step = Step(*answer)
+            step.reward, done, step.valid = game.step(step.text)
             episode.steps.append(step)
             episode.success = game.success
-        live = [(game, episode) for game, episode in live if not episode.done]
+            if not done:
+                live.append((game, episode))
     return episodes
 
 
 def episode_advantages(returns, normalize_std=True):
     """A_i = (R_i - mean R) / (std R + 1e-6) over each group: returns (groups, G) -> (groups, G), float.
 
-    Population std. A group whose returns are all equal has exactly 0, whatever floating point makes of its
-    mean.
+    Population std. A group whose returns are all equal has exactly 0, whatever floating point makes of its mean.
     """
     returns = torch.as_tensor(returns, dtype=torch.float32)
     advantages = returns - returns.mean(1, keepdim=True)
@@ -117,10 +117,10 @@ def episode_advantages(returns, normalize_std=True):
     return advantages.masked_fill((returns == returns[:, :1]).all(1, keepdim=True), 0.0)
 
 
-def step_credit(advantage, steps, gamma=1.0):
-    """gamma^(T - 1 - t) * A for t = 0 .. T - 1: a list. gamma = 1 is MS-GRPO, gamma = 0 pays the last step
-    alone."""
-    return [advantage * gamma ** (steps - 1 - t) for t in range(steps)]
+def step_credit(episode, advantage, gamma=1.0):
+    """gamma^(T - 1 - t) * A for t = 0 .. T - 1: a list. gamma = 1 is MS-GRPO, 0 pays the last step alone."""
+    last = len(episode.steps) - 1
+    return [advantage * gamma ** (last - t) for t in range(last + 1)]
 
 
 def aaw_probabilities(advantages):
@@ -134,19 +134,15 @@ def aaw_probabilities(advantages):
 def draw_episodes(advantages, sampling, count, rng):
     """Indices, ascending, of the episodes to train on: advantages (N,); rng a numpy Generator.
 
-    "aaw" draws up to count without replacement by `aaw_probabilities`, "uniform" count of N, "all" takes the
-    N.
+    "aaw" draws count by `aaw_probabilities` without replacement, or as many as there are with A != 0; "uniform"
+    count of N whatever their A; "all" takes the N.
     """
-    n = len(advantages)
-    if sampling == "all":
-        return list(range(n))
-    if sampling == "uniform":
-        return sorted(rng.choice(n, min(count, n), replace=False).tolist())
-    drawable = int((advantages != 0).sum())
-    if not drawable:
-        return []
-    probabilities = aaw_probabilities(advantages).numpy()
-    return sorted(rng.choice(n, min(count, drawable), replace=False, p=probabilities).tolist())
+    n, p = len(advantages), None
+    count = n if sampling == "all" else min(count, n)
+    if sampling == "aaw":
+        count = min(count, int((advantages != 0).sum()))
+        p = aaw_probabilities(advantages).numpy() if count else None
+    return sorted(rng.choice(n, count, replace=False, p=p).tolist())
 
 
 def clipped_objective(logprobs, old_logprobs, advantages, clip):
@@ -157,16 +153,12 @@ def clipped_objective(logprobs, old_logprobs, advantages, clip):
 
 
 def micro_batches(steps, budget):
-    """Lists of indices of steps, by length and prompt, each of about `budget` tokens at most."""
-    size, batches = 0, [[]]
-    kinds = [(len(step.response), len(step.prompt), step.prompt) for step in steps]
-    for i in sorted(range(len(steps)), key=kinds.__getitem__):
-        tokens = len(steps[i].prompt) + len(steps[i].response)
-        if size + tokens > budget and batches[-1]:
-            size, batches = 0, [*batches, []]
-        batches[-1].append(i)
-        size += tokens
-    return batches if steps else []
+    """The steps in lists of about `budget` tokens, sorted by length and prompt."""
+    size, batches = 0, {}
+    for step in sorted(steps, key=lambda step: (len(step.response), len(step.prompt), step.prompt)):
+        batches.setdefault(size // budget, []).append(step)
+        size += len(step.prompt) + len(step.response)
+    return list(batches.values())
 
 
 @torch.no_grad()
@@ -175,44 +167,40 @@ def rescore(policy, episodes, budget=16384):
 
     For rollouts whose numerics are not those of training: a ratio must be 1 before the first update.
     """
-    steps = [step for episode in episodes for step in episode.steps]
-    gap = 0.0
-    for batch in micro_batches(steps, budget):
-        scored = iter(policy.score([steps[i] for i in batch])[0].tolist())
-        for i in batch:
-            sampled, steps[i].logprobs = steps[i].logprobs, [next(scored) for _ in steps[i].response]
-            gap += sum(abs(a - b) for a, b in zip(sampled, steps[i].logprobs))
-    return gap / max(1, sum(len(step.response) for step in steps))
+    gaps = []
+    for batch in micro_batches([step for episode in episodes for step in episode.steps], budget):
+        scored = iter(policy.score(batch)[0].tolist())
+        for step in batch:
+            sampled, step.logprobs = step.logprobs, [next(scored) for _ in step.response]
+            gaps += [abs(a - b) for a, b in zip(sampled, step.logprobs)]
+    return sum(gaps) / max(1, len(gaps))
 
 
 def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, entropy_coef=0.0, budget=16384):
-    """Add the gradient of one update's loss to the parameters' .grad; returns means over its tokens as a
-    dict.
+    """Add the gradient of one update's loss to the parameters' .grad; returns means over its tokens, a dict.
 
     The denominator is the number of response tokens of all these episodes, whatever their advantage, so the
-    split into micro-batches changes nothing; steps without credit cost no forward pass unless the entropy
-    term needs them.
+    split into micro-batches changes nothing; steps without credit cost no forward pass unless the entropy term
+    needs them.
     """
-    steps, credits = [], []
     for episode, advantage in zip(episodes, advantages):
-        steps += episode.steps
-        credits += step_credit(float(advantage), len(episode.steps), gamma)
-    tokens = sum(len(step.response) for step in steps)
-    kept = [i for i, credit in enumerate(credits) if credit or entropy_coef]
-    sums = torch.zeros(4, dtype=torch.float64)
-    for batch in micro_batches([steps[i] for i in kept], budget):
-        batch = [kept[i] for i in batch]
-        logprobs, entropies = policy.score([steps[i] for i in batch])
+        for step, credit in zip(episode.steps, step_credit(episode, float(advantage), gamma)):
+            step.credit = credit
+    steps = [step for episode in episodes for step in episode.steps]
+    scored = [step for step in steps if step.credit or entropy_coef]
+    tokens, sums = sum(len(step.response) for step in steps), torch.zeros(4, dtype=torch.float64)
+    for batch in micro_batches(scored, budget):
+        logprobs, entropies = policy.score(batch)
         old, credit = (torch.tensor(x, dtype=torch.float32, device=logprobs.device) for x in (
-            [logprob for i in batch for logprob in steps[i].logprobs],
-            [credits[i] for i in batch for _ in steps[i].response]))
+            [logprob for step in batch for logprob in step.logprobs],
+            [step.credit for step in batch for _ in step.response]))
         objective, clipped = clipped_objective(logprobs, old, credit, clip)
-        loss = -(objective + entropy_coef * entropies).sum() / tokens
+        near = (logprobs.detach() - old).abs() <= math.log1p(clip)  # the bonus, too, goes no further than this
+        loss = -(objective + entropy_coef * near * entropies).sum() / tokens
         loss.backward()
-        with torch.no_grad():
-            gap = (logprobs - old).abs().sum()
-            sums += torch.stack([loss * tokens, entropies.sum(), clipped.sum(), gap]).cpu()
-    scored = max(1, sum(len(steps[i].response) for i in kept))
-    loss, entropy, clipped, gap = sums.tolist()
-    return {"loss": loss / max(tokens, 1), "entropy": entropy / scored, "clip_share": clipped / scored,
-            "logprob_gap": gap / scored, "tokens": tokens}
+        gap = (logprobs - old).abs().sum()
+        sums += torch.stack([loss * tokens, entropies.sum(), clipped.sum(), gap]).detach().cpu()
+    loss, *others = sums.tolist()
+    means = [x / max(1, sum(len(step.response) for step in scored)) for x in others]
+    return {"loss": loss / max(1, tokens), "tokens": tokens,
+            **dict(zip(("entropy", "clip_share", "logprob_gap"), means))}

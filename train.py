@@ -31,16 +31,18 @@ import msgrpo
 from frozenlake import SCENARIOS, FrozenLake
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAST_BFLOAT16 = DEVICE != "cpu" or torch.cpu._is_avx512_bf16_supported()  # other CPUs emulate it
+
+
 def setting(default, text, low=0, high=math.inf, choices=None):
     return field(default=default, metadata={"help": text, "range": (low, high, choices)})
 
 
 @dataclass
 class Settings:
-    """All settings of a run. Defaults are for pretrained models of some billion parameters: [author] marks
-    those of the later public trainer of the paper's first author, [paper] those of its abstract; the rest is
-    ours.
-    """
+    """All settings of a run. Defaults are for pretrained models of some billion parameters: [author] marks those
+    of the later public trainer of the paper's first author, [paper] those of its abstract; the rest is ours."""
     checkpoint: str = setting("", "pretrained model's directory; empty: the tiny model")
     seed: int = setting(0, "of everything random")
     iterations: int = setting(700, "times to play and learn [paper]", 1)
@@ -48,6 +50,7 @@ class Settings:
     groups: int = setting(2, "groups an iteration, each on its own map [author]", 1)
     group_size: int = setting(16, "episodes a group, all from the same start [author]", 2)
     replay: float = setting(0.0, "share of groups on maps where an episode failed when last played", 0, 1)
+    explore: bool = setting(False, "fill AAW's draw, where it has too few, with lost groups' episodes, for their entropy")
     sampling: str = setting("aaw", "which episodes to train on", choices=("aaw", "uniform", "all"))
     keep: float = setting(.5, "share of the episodes that aaw and uniform draw", 1e-9, 1)
     update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
@@ -68,9 +71,10 @@ class Settings:
     step_cost: float = setting(0.0, "taken off at every step")
     micro_batch_tokens: int = setting(16384, "tokens of one forward and backward pass, about", 1)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
-    dtype: str = setting("auto", "of forward passes", choices=("auto", "float32", "bfloat16"))
-    device: str = setting("auto", "cuda, cpu, ...; auto: cuda where there is one")
-    threads: int = setting(0, "of the CPU; 0: one per core. Sums depend on it, so it is a part of the state")
+    dtype: str = setting("bfloat16" if FAST_BFLOAT16 else "float32", "of forward passes, here",
+                         choices=("float32", "bfloat16"))
+    device: str = setting(DEVICE, "of the model, here")
+    threads: int = setting(torch.get_num_threads(), "of the CPU, here; sums depend on it", 1)
     checkpoint_every: int = setting(20, "iterations between states to resume from", 1)
     eval_every: int = setting(0, "iterations between evaluations on noslip; 0: at the end alone")
     eval_episodes: int = setting(1000, "of each scenario that slips or is larger", 1)
@@ -94,6 +98,7 @@ class Settings:
 TINY = dict(  # what differs for a model that is born here, and why
     iterations=250, groups=64, group_size=32, update_episodes=128,  # from nothing it takes more
     replay=.5,  # soon most groups are all alike, and teach nothing
+    explore=True,  # soon the policy is sure of what it does on the last maps that it always fails
     normalize_std=False,  # the std blows up groups that are nearly all alike, and soon all are
     entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty the answers' form
     learning_rate=1.5e-3, final_learning_rate=.05, weight_decay=0.0, temperature=1.0,
@@ -107,60 +112,30 @@ def generator(*key):
     return np.random.default_rng([len(key), *key])
 
 
-class LanguageAgent:
-    """The language-agent policy (msgrpo.Policy): a transformer that reads the instructions before every
-    state."""
-
-    def __init__(self, model, tokenizer, instructions, settings):
-        self.model, self.size, self.ends = model, tokenizer.size, tokenizer.end_ids
-        self.temperature, self.instructions = settings.temperature, tokenizer.prefix(instructions)
-        self.max_new_tokens = settings.max_new_tokens or (256 if settings.think else 16)
-        self.encode = functools.lru_cache(65536)(lambda text: tuple(tokenizer.suffix(text, settings.think)))
-        self.decode = functools.lru_cache(65536)(tokenizer.decode)
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self):
-        """After an update: run the instructions, which all prompts share, through the weights as they are."""
-        self.prefix, self.greedy = lm.encode_prefix(self.model, self.instructions), {}
-
-    def act(self, observations, uniforms):
-        prompts = [self.encode(observation) for observation in observations]
-        new = prompts if uniforms is not None else [p for p in dict.fromkeys(prompts) if p not in self.greedy]
-        answers = zip(*lm.generate(self.model, self.prefix, new, uniforms, self.max_new_tokens, self.ends,
-                                   self.size, self.temperature)) if new else ()
-        if uniforms is None:  # the same state has the same greedy answer
-            self.greedy.update(zip(new, answers))
-            answers = [self.greedy[prompt] for prompt in prompts]
-        return [msgrpo.Step(prompt, tuple(ids), logprobs, self.decode(tuple(ids)), ids[-1] not in self.ends)
-                for prompt, (ids, logprobs) in zip(prompts, answers)]
-
-    def score(self, steps):
-        prompts, responses = zip(*((step.prompt, step.response) for step in steps))
-        prefix = lm.encode_prefix(self.model, self.instructions)
-        return lm.score(self.model, prefix, prompts, responses, self.size, self.temperature)
-
-
 class Learner:
-    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and has
-    gradients.
+    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and has gradients.
 
-    An update of relative size 1e-6 vanishes in bfloat16: what is trained and saved is float32. A bfloat16
-    model is a copy that takes the weights over after each update, and hands on each gradient as soon as it is
-    there.
+    An update of relative size 1e-6 vanishes in bfloat16: what is trained and saved is float32. A bfloat16 model
+    is a copy that takes the weights over after each update, and hands on each gradient as soon as it is there.
     """
 
-    def __init__(self, master, settings):
-        self.master = self.model = master.to(settings.device)
-        if settings.dtype != "float32":
+    def __init__(self, settings):
+        self.settings = s = settings
+        torch.set_num_threads(s.threads)
+        with lm.blaming(f"--device {s.device}"):
+            torch.empty(0, device=s.device)
+        master, self.tokenizer = lm.load_pretrained(s.checkpoint) if s.checkpoint else tiny_start(s)
+        lm.ensure(self.tokenizer, f"{s.checkpoint} has no tokenizer.json: there is no text without one")
+        self.master = self.model = master.to(s.device)
+        if s.dtype != "float32":
             with torch.device("meta"):
-                self.model = lm.Transformer(master.config).to(getattr(torch, settings.dtype))
-            self.model.to_empty(device=settings.device)
+                self.model = lm.Transformer(master.config).to(getattr(torch, s.dtype))
+            self.model.to_empty(device=s.device)
             for weight, low in zip(master.parameters(), self.model.parameters()):
                 low.register_post_accumulate_grad_hook(functools.partial(hand_on_gradient, weight))
-        self.model.recompute, self.grad_clip = settings.recompute, settings.grad_clip
-        self.optimizer = torch.optim.AdamW(master.parameters(), betas=(.9, settings.beta2),
-                                           weight_decay=settings.weight_decay, fused=True)
+        self.model.recompute = s.recompute
+        self.optimizer = torch.optim.AdamW(master.parameters(), betas=(.9, s.beta2),
+                                           weight_decay=s.weight_decay, fused=True)
         self.refresh()
 
     @torch.no_grad()
@@ -170,13 +145,19 @@ class Learner:
 
     def update(self, learning_rate):
         """A step of AdamW on the gradients; returns their norm. Where that is not finite, nothing changes."""
-        norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.grad_clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip).item()
         if math.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = learning_rate
             self.optimizer.step()
             self.refresh()
         self.optimizer.zero_grad()
         return norm
+
+    def agent(self, instructions):
+        """The policy of the weights as they are, which reads these instructions before every state."""
+        s = self.settings
+        return lm.LanguageAgent(self.model, self.tokenizer, instructions, s.temperature,
+                                s.max_new_tokens or (256 if s.think else 16), s.think)
 
 
 def hand_on_gradient(weight, low):
@@ -203,40 +184,38 @@ def tiny_start(settings):
     return model, tokenizer
 
 
-def warm_up(agent, tokenizer, learner, settings):
-    """For want of pretraining: next-token prediction on states of training maps, answered *uniformly at
-    random*.
+def warm_up(agent, learner):
+    """For want of pretraining: next-token prediction on states of training maps, answered *uniformly at random*.
 
     It teaches to read and to speak, not to play: `evaluate` then measures both.
     """
-    skip = len(agent.instructions)
-    for i in range(settings.warmup_steps):
-        rng, rows = generator(settings.seed, i), []
+    s, skip = learner.settings, len(agent.instructions)
+    for i in range(s.warmup_steps):
+        rng, rows = generator(s.seed, i), []
         for _ in range(64):
-            lake = settings.lake(frozenlake.draw_map(SCENARIOS[settings.scenario], rng))
+            lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], rng))
             lake.state = int(rng.choice([state for state, tile in enumerate(lake.tiles) if tile in "SF"]))
-            answer = tokenizer.encode(f"<action>{rng.choice(frozenlake.ACTIONS)}</action>")
+            answer = learner.tokenizer.encode(f"<action>{rng.choice(frozenlake.ACTIONS)}</action>")
             rows.append([*agent.instructions, *agent.encode(lake.observation()), *answer])
-        ids, lengths = lm.pad(rows, settings.device)
+        ids, lengths = lm.pad(rows, s.device)
         logits, real = learner.model(ids)[:, skip - 1:-1], lm.within(lengths, ids.shape[1])[:, skip:]
         torch.nn.functional.cross_entropy(logits[real], ids[:, skip:][real]).backward()
-        learner.update(3e-3 * min(1, (i + 1) / 10, 2 * (1 - i / settings.warmup_steps)))
+        learner.update(3e-3 * min(1, (i + 1) / 10, 2 * (1 - i / s.warmup_steps)))
 
 
-def evaluate(agent_of, name, settings, greedy=True):
-    """Success on a scenario's held-out maps, beside that of a random and of the optimal player, as a dict of
-    figures.
+def evaluate(learner, name, greedy=True):
+    """Success on a scenario's held-out maps, beside that of a random and of the optimal player, as a dict.
 
     4x4 without slipping: each held-out map once, so a greedy figure is exact; `success` weights a map by its
-    probability, `unweighted` does not. Else `eval_episodes` episodes, the same every time, with half the
-    width of a 95 % interval.
+    probability, `unweighted` does not. Else `eval_episodes` episodes, the same every time, with half the width of
+    a 95 % interval.
     """
-    scenario, rng, n = SCENARIOS[name], generator(0), settings.eval_episodes
-    exact = scenario.size == 4 and scenario.success_rate == 1
+    s, scenario, rng = learner.settings, SCENARIOS[name], generator(0)
+    exact, n = scenario.size == 4 and scenario.success_rate == 1, s.eval_episodes
     maps, weights = frozenlake.held_out_maps(scenario) if exact else (
         [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(n)], np.full(n, 1 / n))
-    lakes = [settings.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
-    episodes = msgrpo.play(agent_of(lakes[0].instructions), lakes, greedy)
+    lakes = [s.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
+    episodes = msgrpo.play(learner.agent(lakes[0].instructions), lakes, greedy)
     success = np.array([episode.success for episode in episodes], float)
     mean, valid = float(weights @ success), [step.valid for episode in episodes for step in episode.steps]
     optimal, uniform = weights @ np.array([frozenlake.success_bounds(tuple(desc), scenario) for desc in maps])
@@ -245,156 +224,145 @@ def evaluate(agent_of, name, settings, greedy=True):
             "episodes": len(maps), "random": float(uniform), "optimal": float(optimal)}
 
 
-def iterate(agent, learner, s, iteration, failed):
+def iterate(agent, learner, iteration, failed):
     """Play, compare, draw and learn once, the steps 1 to 6 of msgrpo.py; returns the iteration's metrics.
 
-    failed: the last 256 training maps on which an episode failed, kept up to date here. A group whose
-    episodes are all alike teaches nothing; so `replay` of the groups return to maps that are not yet solved.
+    failed: the last 256 training maps on which an episode failed, kept up to date here. A group whose episodes
+    are all alike teaches nothing; so `replay` of the groups return to maps that are not yet solved.
     """
-    began, rng = time.perf_counter(), generator(s.seed, iteration, 0)
-    count = min(len(failed), round(s.replay * s.groups))
-    maps = [failed[i] for i in rng.choice(len(failed), count, replace=False)] if count else []
-    maps += [frozenlake.draw_map(SCENARIOS[s.scenario], rng) for _ in range(s.groups - count)]
-    keys = itertools.product(range(s.groups), range(s.group_size))
-    games = [s.lake(maps[i], s.seed, iteration, i, j) for i, j in keys]
+    began, s = time.perf_counter(), learner.settings
+    rng = generator(s.seed, iteration, 0)
+    old = min(len(failed), round(s.replay * s.groups))
+    maps = [failed[i] for i in rng.permutation(len(failed))[:old]]
+    maps += [frozenlake.draw_map(SCENARIOS[s.scenario], rng) for _ in range(s.groups - old)]
+    games = [s.lake(desc, s.seed, iteration, i, j) for i, desc in enumerate(maps) for j in range(s.group_size)]
     agent.refresh()
     episodes = msgrpo.play(agent, games)
     returns = torch.tensor([episode.total_reward for episode in episodes]).view(s.groups, -1)
     advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
-    drawn = msgrpo.draw_episodes(advantages, s.sampling, max(1, round(s.keep * len(episodes))), rng)
+    count = max(1, round(s.keep * len(episodes)))
+    drawn = msgrpo.draw_episodes(advantages, s.sampling, count, rng)
+    success = np.array([episode.success for episode in episodes]).reshape(s.groups, -1)
+    lost = np.flatnonzero(np.repeat(~success.any(1), s.group_size) & (advantages == 0).numpy())
+    chosen = rng.permutation([*drawn, *rng.permutation(lost)[:s.explore * max(0, count - len(drawn))]]).astype(int)
 
     rate = s.learning_rate * min(1, iteration / 10) * (  # a ramp, as Adam knows little at first; a decay
         1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate))
-    chosen, updates = [episodes[i] for i in drawn], []
-    gap = None if s.dtype == "float32" else msgrpo.rescore(agent, chosen, s.micro_batch_tokens)
-    for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ():
+    gap = None if s.dtype == "float32" else msgrpo.rescore(
+        agent, [episodes[i] for i in chosen], s.micro_batch_tokens)
+    updates = []
+    for part in np.array_split(chosen, max(1, round(len(chosen) / s.update_episodes))) if len(chosen) else ():
         updates.append(msgrpo.accumulate_gradient(
             agent, [episodes[i] for i in part], advantages[part], clip=s.clip, gamma=s.gamma,
             entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens) | {"grad_norm": learner.update(rate)})
 
-    success = torch.tensor([episode.success for episode in episodes]).view(s.groups, -1)
     failed[:] = [desc for desc in failed if desc not in maps]
-    failed[:] = (failed + [desc for desc, solved in zip(maps, success.all(1).tolist()) if not solved])[-256:]
-    steps = [step for episode in episodes for step in episode.steps]
-    tokens = {"generated_tokens": sum(len(step.response) for step in steps),
-              "trained_tokens": sum(update["tokens"] for update in updates)}
-    fresh = success[count:].float().mean().item() if count < s.groups else None
-    return {"iteration": iteration, "success": fresh, "return": returns.mean().item(),
-            "steps": len(steps) / len(episodes),
-            **{key: sum(getattr(step, key) for step in steps) / len(steps) for key in ("valid", "truncated")},
-            **{key: sum(m[key] * m["tokens"] for m in updates) / tokens["trained_tokens"] if updates else None
-               for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")},
-            "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean().item(),
-            "groups_without_success": 1 - success.any(1).float().mean().item(), "replayed_groups": count,
-            "drawn_episodes": len(drawn), "trained_episodes": int((advantages[drawn] != 0).sum()),
-            "updates": len(updates), "rollout_logprob_gap": gap, "learning_rate": rate, **tokens,
-            "tokens_per_second": sum(tokens.values()) / (time.perf_counter() - began)}
+    failed[:] = (failed + [desc for desc, solved in zip(maps, success.all(1)) if not solved])[-256:]
+    steps, alike = [step for episode in episodes for step in episode.steps], (returns == returns[:, :1]).all(1)
+    trained = [update["tokens"] for update in updates]
+    metrics = {"iteration": iteration, "return": returns.mean(), "steps": len(steps) / len(episodes),
+               **{key: np.mean([getattr(step, key) for step in steps]) for key in ("valid", "truncated")},
+               "zero_variance_groups": alike.float().mean(), "groups_without_success": 1 - success.any(1).mean(),
+               "replayed_groups": old, "drawn_episodes": len(drawn), "updates": len(updates),
+               "trained_episodes": (advantages[drawn] != 0).sum(), "trained_tokens": sum(trained),
+               "generated_tokens": sum(len(step.response) for step in steps), "learning_rate": rate}
+    metrics = {key: value if isinstance(value, int) else float(value) for key, value in metrics.items()}
+    return metrics | {
+        "success": float(success[old:].mean()) if old < s.groups else None,
+        **{key: float(np.average([update[key] for update in updates], weights=trained)) if updates else None
+           for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")}, "rollout_logprob_gap": gap,
+        "tokens_per_second": (metrics["generated_tokens"] + sum(trained)) / (time.perf_counter() - began)}
 
 
-def progress_line(metrics, settings, left):
+def progress_line(metrics, iterations):
     """An iteration in one line that a person can follow."""
-    m = {key: "-" if value is None else f"{value:.3f}" for key, value in metrics.items()}
-    gone, left = (f"{int(s) // 60}:{int(s) % 60:02d}" for s in (metrics["seconds"], left))
-    return (f"{metrics['iteration']:4d}/{settings.iterations}  success {m['success']}  return {m['return']}  "
-            f"steps {m['steps']}  valid {m['valid']}  truncated {m['truncated']}  entropy {m['entropy']}  "
+    m, number = {key: "-" if x is None else f"{x:.3f}" for key, x in metrics.items()}, metrics["iteration"]
+    times = metrics["seconds"], metrics["seconds"] / number * (iterations - number)
+    gone, left = (f"{int(seconds) // 60}:{int(seconds) % 60:02d}" for seconds in times)
+    return (f"{number:4d}/{iterations}  success {m['success']}  return {m['return']}  steps {m['steps']}  "
+            f"valid {m['valid']}  truncated {m['truncated']}  entropy {m['entropy']}  "
             f"alike {m['zero_variance_groups']}  clip {m['clip_share']}  grad {m['grad_norm']}  "
             f"{metrics['tokens_per_second']:,.0f} tokens/s  {gone} gone, {left} left")
 
 
-def write_json(path, value):
+def write_text(path, text):
     with lm.replacing(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+        file.write(text.encode())
 
 
-def start(settings):
-    """What a run begins with: (Learner, Tokenizer, a function from instructions to a LanguageAgent)."""
-    torch.set_num_threads(settings.threads)
-    home = settings.checkpoint
-    master, tokenizer = lm.load_pretrained(home) if home else tiny_start(settings)
-    lm.ensure(tokenizer, f"{home} has no tokenizer.json: there is no text without one")
-    learner = Learner(master, settings)
-    return learner, tokenizer, lambda text: LanguageAgent(learner.model, tokenizer, text, settings)
-
-
-def train(out, settings, learner, tokenizer, agent_of):
+def train(out, learner):
     """Train to the last iteration, from state.pt where there is one; evaluate, save the model and sum up."""
-    clock, path, log, stop = time.perf_counter(), out / "state.pt", out / "metrics.jsonl", []
-    agent = agent_of(settings.lake(frozenlake.MAPS["4x4"]).instructions)
+    s, clock, path, stop = learner.settings, time.perf_counter(), out / "state.pt", []
+    agent = learner.agent(s.lake(frozenlake.MAPS["4x4"]).instructions)
     if path.exists():
         with lm.blaming(path):
             state = torch.load(path, weights_only=True, map_location="cpu")
             learner.master.load_state_dict(state["model"])
             learner.optimizer.load_state_dict(state["optimizer"])
         learner.refresh()
-        progress = state["progress"]
-        print(f"going on after iteration {progress['iteration']} of {settings.iterations}")
+        print(f"going on after iteration {len(state['history'])} of {s.iterations}")
     else:
-        warm_up(agent, tokenizer, learner, settings)
-        before = evaluate(agent_of, "noslip", settings, greedy=False)
-        progress = {"iteration": 0, "seconds": 0.0, "generated_tokens": 0, "trained_tokens": 0,
-                    "before": before, "failed": []}
-        size = sum(p.numel() for p in learner.master.parameters())
-        print(f"{size:,} parameters; before training, sampled on held-out maps: "
-              f"success {before['success']:.4f} (a random player {before['random']:.4f}), "
+        warm_up(agent, learner)
+        before = evaluate(learner, "noslip", greedy=False)
+        state = {"before": before, "failed": [], "history": []}
+        print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; before training, sampled on "
+              f"held-out maps: success {before['success']:.4f} (a random player {before['random']:.4f}), "
               f"well-formed answers {before['valid']:.4f}", flush=True)
-    clock -= progress["seconds"]
-    lines = log.read_text().splitlines(keepends=True)[:progress["iteration"]] if log.exists() else []
-    with lm.replacing(log) as file:  # what came after the state will come again
-        file.write("".join(lines).encode())
+    history, log = state["history"], out / "metrics.jsonl"
+    clock -= history[-1]["seconds"] if history else 0
+    write_text(log, "".join(json.dumps(metrics) + "\n" for metrics in history))  # what came later comes again
 
     def interrupt(*_):
-        if stop:
-            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, handler)
         stop.append(print("stopping after this iteration; once more to stop at once", flush=True))
     handler = signal.signal(signal.SIGINT, interrupt)
-    for iteration in range(progress["iteration"] + 1, settings.iterations + 1):
-        metrics = iterate(agent, learner, settings, iteration, progress["failed"])
-        if settings.eval_every and iteration % settings.eval_every == 0:
-            now = evaluate(agent_of, "noslip", settings)
+    for iteration in range(len(history) + 1, s.iterations + 1):
+        metrics = iterate(agent, learner, iteration, state["failed"])
+        if s.eval_every and iteration % s.eval_every == 0:
+            now = evaluate(learner, "noslip")
             metrics |= {"unseen_success": now["success"], "unseen_success_unweighted": now["unweighted"]}
         metrics["seconds"] = time.perf_counter() - clock
-        left = (metrics["seconds"] - progress["seconds"]) * (settings.iterations - iteration)
-        progress |= {key: progress[key] + metrics[key] for key in ("generated_tokens", "trained_tokens")}
-        progress |= {key: metrics[key] for key in ("iteration", "seconds")}
+        history.append(metrics)
         with open(log, "a") as file:
             file.write(json.dumps(metrics) + "\n")
-        print(progress_line(metrics, settings, left), flush=True)
-        if stop or iteration % settings.checkpoint_every == 0 or iteration == settings.iterations:
+        print(progress_line(metrics, s.iterations), flush=True)
+        if stop or iteration % s.checkpoint_every == 0 or iteration == s.iterations:
             with lm.replacing(path) as file:
-                torch.save({"progress": progress, "model": learner.master.state_dict(),
-                            "optimizer": learner.optimizer.state_dict()}, file)
+                torch.save(state | {"model": learner.master.state_dict(),
+                                    "optimizer": learner.optimizer.state_dict()}, file)
         if stop:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, handler)
-    lm.save_pretrained(out / "model", learner.master, tokenizer)
-    del progress["failed"]
-    scenarios = evaluate_all(agent_of, settings)
-    unseen, peak = scenarios["noslip"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    write_json(out / "summary.json", progress | {
+    lm.save_pretrained(out / "model", learner.master, learner.tokenizer)
+    scenarios = evaluate_all(learner)
+    unseen = scenarios["noslip"]
+    totals = {key: sum(metrics[key] for metrics in history) for key in ("generated_tokens", "trained_tokens")}
+    write_text(out / "summary.json", json.dumps({
         "unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"],
-        "random_success": unseen["random"], "optimal_success": unseen["optimal"], "seed": settings.seed,
-        "seconds": time.perf_counter() - clock, "peak_memory_mb": peak, "scenarios": scenarios})
-    play_one(agent_of, settings)
+        "random_success": unseen["random"], "optimal_success": unseen["optimal"], "seed": s.seed,
+        "seconds": time.perf_counter() - clock, "iterations": s.iterations, **totals, "before": state["before"],
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "scenarios": scenarios}))
+    play_one(learner)
     print(f"{time.perf_counter() - clock:.0f} s; see {out / 'summary.json'}, the model is in {out / 'model'}")
 
 
-def evaluate_all(agent_of, settings):
+def evaluate_all(learner):
     """Evaluate every scenario and print a table; returns {scenario: figures}."""
     print("scenario     success         unweighted  valid  random  optimal  (held-out maps, greedy)")
     results = {}
     for name in SCENARIOS:
-        r = results[name] = evaluate(agent_of, name, settings)
+        r = results[name] = evaluate(learner, name)
         print(f"{name:12s} {r['success']:.4f} ±{r['half_interval']:.4f}  {r['unweighted']:.4f}      "
-              f"{r['valid']:.3f}  {r['random']:.4f}  {r['optimal']:.4f}   "
-              f"{r['episodes']} episodes", flush=True)
+              f"{r['valid']:.3f}  {r['random']:.4f}  {r['optimal']:.4f}   {r['episodes']} episodes", flush=True)
     return results
 
 
-def play_one(agent_of, settings):
+def play_one(learner):
     """Show one greedy episode on a held-out map, chosen by the seed, move by move."""
-    desc = frozenlake.draw_map(SCENARIOS[settings.scenario], generator(settings.seed), held_out=True)
-    lake = settings.lake(desc, settings.seed)
-    agent = agent_of(lake.instructions)
+    s = learner.settings
+    desc = frozenlake.draw_map(SCENARIOS[s.scenario], generator(s.seed), held_out=True)
+    lake = s.lake(desc, s.seed)
+    agent = learner.agent(lake.instructions)
     print(f"\n{lake.instructions}\n")
     for step in msgrpo.play(agent, [lake], greedy=True)[0].steps:
         note = "" if step.valid else "   (invalid: nothing moves)"
@@ -428,8 +396,8 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     mode = next(mode for mode in ("tiny", *MODES) if mode in given)
     folder = given.pop(mode)
-    if wrong := sorted(given.keys() - TAKES.get(mode, given.keys())):
-        parser.error(f"--{mode} takes no --{wrong[0].replace('_', '-')}")
+    wrong = sorted(given.keys() - TAKES.get(mode, given.keys()))
+    lm.ensure(not wrong, f"--{mode} takes no --{''.join(wrong[:1]).replace('_', '-')}")
     return mode, Path(folder), given.pop("out", None), given
 
 
@@ -442,28 +410,21 @@ def run(argv):
             s = Settings(**lm.parse_json(path.read_bytes()))
     if mode == "resume":
         done = (folder / "summary.json").exists()
-        return print(f"{folder} is complete: see its summary.json") if done else train(folder, s, *start(s))
+        return print(f"{folder} is complete: see its summary.json") if done else train(folder, Learner(s))
     if mode != "tiny":
         found = [str(home) for home in (folder / "model", folder) if (home / "config.json").is_file()]
         lm.ensure(found, f"{folder} is neither a run with a model nor a model: it has no config.json")
         given["checkpoint"] = found[0]
-    s = replace(s, **given)
-    device = s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    fast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()  # other CPUs emulate bfloat16
-    dtype = s.dtype if s.dtype != "auto" else "bfloat16" if fast else "float32"
-    s = replace(s, device=device, dtype=dtype, threads=s.threads or torch.get_num_threads())
-    with lm.blaming(f"--device {device}"):
-        torch.empty(0, device=device)
+    learner = Learner(replace(s, **given))  # before the folder is made: what cannot start leaves none
     if mode in TAKES:
-        return (evaluate_all if mode == "eval" else play_one)(start(s)[2], s)
+        return (evaluate_all if mode == "eval" else play_one)(learner)
     out = Path(out or next(n for n in (f"runs/{i:04d}" for i in itertools.count(1)) if not Path(n).exists()))
     used = out.is_dir() and any(out.iterdir())
     lm.ensure(not used, f"{out} is not empty: --resume {out}, or choose another --out")
-    started = start(s)  # before the folder is made: what cannot start leaves none
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", asdict(s))
+    write_text(out / "settings.json", json.dumps(asdict(learner.settings), indent=2) + "\n")
     print(f"this run is {out}; if it is stopped, go on with: python train.py --resume {out}", flush=True)
-    train(out, s, *started)
+    train(out, learner)
 
 
 def main(argv=None):
