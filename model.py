@@ -98,15 +98,15 @@ def attention(q, k, v, hidden, prefix):
 
     Shapes as for `causal`.
     """
-    (batch, time, _, d), heads, length = q.shape, len(k), prefix[0].shape[2]
+    (batch, _, _, d), heads, lengths = q.shape, len(k), [prefix[0].shape[2], k.shape[2]]
     q = (q * d ** -.5).unflatten(2, (heads, -1)).permute(2, 0, 3, 1, 4)  # (kv_heads, batch, group, time, d)
     shape, q = q.shape, q.reshape(heads, -1, d)
-    own = (q.view(heads, batch, -1, d) @ k.mT).view(*shape[:4], -1).masked_fill_(hidden[:, None], -torch.inf)
-    shared = (q @ prefix[0][:, 0].mT).view(*shape[:4], length)
-    weights = torch.cat([shared, own], -1).softmax(-1).view(heads, batch, -1, length + own.shape[-1])
-    shared, own = weights.split([length, own.shape[-1]], -1)
+    shared = (q @ prefix[0][:, 0].mT).view(*shape[:4], lengths[0])
+    own = (q.view(heads, batch, -1, d) @ k.mT).view(*shape[:4], lengths[1])
+    scores = torch.cat([shared, own.masked_fill_(hidden[:, None], -torch.inf)], -1)
+    shared, own = scores.softmax(-1).view(heads, batch, -1, sum(lengths)).split(lengths, -1)
     out = (own @ v).view(shape) + (shared.flatten(1, 2) @ prefix[1][:, 0]).view(shape)
-    return out.permute(1, 3, 0, 2, 4).reshape(batch, time, -1)
+    return out.permute(1, 3, 0, 2, 4).flatten(2)
 
 
 class Attention(nn.Module):

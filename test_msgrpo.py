@@ -15,6 +15,7 @@ import signal
 import struct
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,8 +51,9 @@ def test_group_without_variance_has_exactly_no_advantage():
 def test_number_of_steps_changes_neither_return_nor_credit():
     steps = [msgrpo.Step((1,), (2,), reward=reward) for reward in (0.0, .5, -.25, 0.0)]
     assert msgrpo.Episode(steps).total_reward == msgrpo.Episode(steps + 9 * steps[:1]).total_reward == .25
-    assert msgrpo.step_credit(2.0, 3) == [2] * 3 and msgrpo.step_credit(2.0, 5) == [2] * 5
-    assert msgrpo.step_credit(8.0, 4, .5) == [1, 2, 4, 8] and msgrpo.step_credit(8.0, 3, 0.0) == [0, 0, 8]
+    four, three = msgrpo.Episode(steps), msgrpo.Episode(steps[:3])
+    assert msgrpo.step_credit(four, 2.0) == [2] * 4 and msgrpo.step_credit(three, 2.0) == [2] * 3
+    assert msgrpo.step_credit(four, 8.0, .5) == [1, 2, 4, 8] and msgrpo.step_credit(three, 8.0, 0.0) == [0, 0, 8]
 
 
 def test_aaw_probabilities():
@@ -255,8 +257,7 @@ def corridor_agent(std=.4, **settings):
     for name, weight in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(weight, std=std)
-    settings = train.Settings(**{"temperature": 1.0, "max_new_tokens": 3} | settings)
-    return train.LanguageAgent(model, Words(), Corridor.instructions, settings)
+    return lm.LanguageAgent(model, Words(), Corridor.instructions, **{"max_new_tokens": 3} | settings)
 
 
 def corridors(count=12, seed=0):
@@ -310,14 +311,15 @@ def test_finished_games_and_answers_leave_the_batch():
     lengths = [len(episode.steps) for episode in msgrpo.play(agent, corridors())]
     assert sizes == [sum(n > t for n in lengths) for t in range(max(lengths))] and sizes[-1] < sizes[0]
     shapes.clear()
-    assert act(["from 2 go west"], np.zeros((1, 3)))[0].text == "west"  # the first word, which ends an answer
+    (_, response, _, text, truncated), = act(["from 2 go west"], np.zeros((1, 3)))
+    assert (response, text, truncated) == ((0,), "west", False)  # the first word, which ends an answer
     assert len(shapes) == 1
 
 
 def test_samples_follow_the_distribution():
     agent = corridor_agent(temperature=2.0, max_new_tokens=1)
     uniforms = np.random.default_rng(0).random((3000, 1))
-    counts = Counter(step.response[0] for step in agent.act(["from 2 go west"] * 3000, uniforms))
+    counts = Counter(answer[1][0] for answer in agent.act(["from 2 go west"] * 3000, uniforms))
     ids = torch.tensor([Words().prefix(Corridor.instructions + " from 2 go west")])
     p = (agent.model(ids)[0, -1, :Words.size] / 2).softmax(-1).tolist()
     assert all(near(counts[token], 3000, p[token]) for token in range(Words.size)) and counts.total() == 3000
@@ -336,7 +338,8 @@ def slow_loss(model, temperature, episodes, advantages, clip, gamma, entropy_coe
                 table = (model(torch.tensor([ids]))[0, -1, :Words.size] / temperature).log_softmax(-1)
                 ratio = (table[token] - step.logprobs[k]).exp()
                 total = total + min(ratio * credit, min(max(ratio, 1 - clip), 1 + clip) * credit)
-                total = total - entropy_coef * (table.exp() * table).sum()
+                if abs(table[token].item() - step.logprobs[k]) <= np.log(1 + clip):
+                    total = total - entropy_coef * (table.exp() * table).sum()
                 tokens += 1
     return -total / tokens
 
@@ -431,20 +434,21 @@ def count_recomputed(patch):
 def test_cache_prefix_and_full_forward_agree(name, monkeypatch):
     model, _ = lm.load_pretrained(DATA / name)
     prefix, size, temperature = [5, 3, 8, 1, 1, 20, 7], 25, 1.3
-    prompts = [[2, 4], [9], [2, 4], [11, 12, 13, 14, 15], [2, 4], [9]]
-    responses = [[1, 2, 3], [4], [1, 2, 3], [0, 24, 7, 7], [1, 5, 0], [8, 9]]
+    prompts = {"a": (2, 4), "b": (9,), "c": (11, 12, 13, 14, 15)}
+    tokenizer = SimpleNamespace(size=size, end_ids={0, 3}, prefix=lambda text: prefix, decode=str,
+                                suffix=lambda state, think: prompts[state])
+    agent = lm.LanguageAgent(model, tokenizer, "", temperature, 5)
+    responses = [(1, 2, 3), (4,), (1, 2, 3), (0, 24, 7, 7), (1, 5, 0), (8, 9)]
+    steps = [msgrpo.Step(prompts[state], response) for state, response in zip("abacab", responses, strict=True)]
 
     def slowly():
         rows = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            logits = model(torch.tensor([prefix + prompt + response[:-1]]))[0, -len(response):, :size]
-            table = (logits / temperature).log_softmax(-1)
+        for step in steps:
+            ids, n = [*prefix, *step.prompt, *step.response[:-1]], len(step.response)
+            table = (model(torch.tensor([ids]))[0, -n:, :size] / temperature).log_softmax(-1)
             entropy = -(table.exp() * table).sum(-1)
-            rows.append((table.gather(1, torch.tensor(response)[:, None])[:, 0], entropy))
+            rows.append((table.gather(1, torch.tensor(step.response)[:, None])[:, 0], entropy))
         return [torch.cat(column) for column in zip(*rows, strict=True)]
-
-    def quickly():
-        return lm.score(model, lm.encode_prefix(model, prefix), prompts, responses, size, temperature)
 
     def with_gradient(function):
         model.zero_grad()
@@ -452,29 +456,31 @@ def test_cache_prefix_and_full_forward_agree(name, monkeypatch):
         ((found[0] + .3 * found[1].square()) * weights).sum().backward()
         return [*found, gradient(model)]
     expected = with_gradient(slowly)
-    torch.testing.assert_close(with_gradient(quickly), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(with_gradient(lambda: agent.score(steps)), expected, atol=1e-5, rtol=1e-4)
     model.recompute, layers = True, count_recomputed(monkeypatch)
-    torch.testing.assert_close(with_gradient(quickly), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(with_gradient(lambda: agent.score(steps)), expected, atol=1e-5, rtol=1e-4)
     assert layers
     for uniforms in (None, np.random.default_rng(0).random((6, 5))):  # it scores as it was sampled
-        kv = lm.encode_prefix(model, prefix)
-        responses[:], found = lm.generate(model, kv, prompts, uniforms, 5, {0, 3}, size, temperature)
-        torch.testing.assert_close(torch.tensor(sum(found, [])), slowly()[0], atol=1e-5, rtol=0)
-        best = [model(torch.tensor([prefix + p + r]))[0, -len(r) - 1:-1, :size].argmax(-1).tolist()
-                for p, r in zip(prompts, responses, strict=True)]
-        assert (best == responses) == (uniforms is None)
+        steps[:] = [msgrpo.Step(*answer) for answer in agent.act("abacab", uniforms)]
+        found = torch.tensor([logprob for step in steps for logprob in step.logprobs])
+        torch.testing.assert_close(found, slowly()[0], atol=1e-5, rtol=0)
+        best = [model(torch.tensor([[*prefix, *step.prompt, *step.response]]))[0, -len(step.response) - 1:-1, :size]
+                .argmax(-1).tolist() == [*step.response] for step in steps]
+        assert all(best) == (uniforms is None)
 
 
 def test_a_bfloat16_learner_trains_and_saves_float32(tmp_path):
     model, _ = lm.load_pretrained(DATA / "qwen2-untied")
-    learner = train.Learner(model, train.Settings(dtype="bfloat16", device="cpu", weight_decay=0.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "tiny_start", lambda settings: (model, Words()))
+        learner = train.Learner(train.Settings(dtype="bfloat16", device="cpu", weight_decay=0.0))
+    agent = learner.agent(Corridor.instructions)
     assert {p.dtype for p in learner.model.parameters()} == {torch.bfloat16}
 
     def update(rate, factor=1.0):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        for prompts in ([[1, 2]], [[3]]):  # two micro-batches
-            prefix = lm.encode_prefix(learner.model, [4, 5])
-            (lm.score(learner.model, prefix, prompts, [[6, 7]], 29)[0].sum() * factor).backward()
+        for prompt in ((1, 2), (3,)):  # two micro-batches
+            (agent.score([msgrpo.Step(prompt, (6, 7))])[0].sum() * factor).backward()
         learner.update(rate)
         assert all(torch.equal(low, p.bfloat16())  # what plays next is what was learned
                    for low, p in zip(learner.model.parameters(), model.parameters(), strict=True))
@@ -912,12 +918,14 @@ def test_every_flag_changes_something(name, found, few_maps):
 
 
 def test_flags_that_change_no_figure(found, few_maps, monkeypatch):
-    elsewhere = {"checkpoint", "checkpoint_every", "device", "threads", "recompute"}  # tested by themselves
+    elsewhere = {"explore", "checkpoint", "checkpoint_every", "device", "threads", "recompute"}  # tested by themselves
     assert {field.name for field in dataclasses.fields(train.Settings)} == CHANGES.keys() | elsewhere
     layers, threads = count_recomputed(monkeypatch), []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     found(*TWO, "--recompute", "--threads", 2)
     assert layers and threads == [2]
+    lost = *TWO, "--invalid-penalty", 0.0  # all is lost: nothing to draw, but much to explore
+    assert found(*lost)[0][0]["updates"] == 0 < found(*lost, "--explore")[0][0]["updates"]
     low, full = found(*TWO, "--dtype", "bfloat16")[0], found(*TWO)[0]
     assert low[0]["rollout_logprob_gap"] < .05 and full[0]["rollout_logprob_gap"] is None  # p_old is rescored
 
@@ -1049,7 +1057,7 @@ def test_interrupted_and_resumed_is_never_stopped(warm, found, few_maps, tmp_pat
 def test_a_corridor_is_learned():
     """Another game, another vocabulary, no warm-up: from two successes in five to nearly always."""
     imports = re.findall(r"^(?:import|from) (\w+)", Path(msgrpo.__file__).read_text(), re.MULTILINE)
-    assert {*imports} <= {"dataclasses", "typing", "numpy", "torch"}  # it knows no Frozen Lake
+    assert {*imports} <= {"dataclasses", "math", "typing", "numpy", "torch"}  # it knows no Frozen Lake
     agent, success = corridor_agent(std=.2), []
     optimizer = torch.optim.Adam(agent.model.parameters(), lr=.005)
     for i in range(40):

@@ -258,20 +258,19 @@ def iterate(agent, learner, iteration, failed):
 
     failed[:] = [desc for desc in failed if desc not in maps]
     failed[:] = (failed + [desc for desc, solved in zip(maps, success.all(1)) if not solved])[-256:]
-    steps, alike = [step for episode in episodes for step in episode.steps], (returns == returns[:, :1]).all(1)
-    trained = [update["tokens"] for update in updates]
-    metrics = {"iteration": iteration, "return": returns.mean(), "steps": len(steps) / len(episodes),
-               **{key: np.mean([getattr(step, key) for step in steps]) for key in ("valid", "truncated")},
-               "zero_variance_groups": alike.float().mean(), "groups_without_success": 1 - success.any(1).mean(),
-               "replayed_groups": old, "drawn_episodes": len(drawn), "updates": len(updates),
-               "trained_episodes": (advantages[drawn] != 0).sum(), "trained_tokens": sum(trained),
-               "generated_tokens": sum(len(step.response) for step in steps), "learning_rate": rate}
-    metrics = {key: value if isinstance(value, int) else float(value) for key, value in metrics.items()}
-    return metrics | {
-        "success": float(success[old:].mean()) if old < s.groups else None,
-        **{key: float(np.average([update[key] for update in updates], weights=trained)) if updates else None
-           for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")}, "rollout_logprob_gap": gap,
-        "tokens_per_second": (metrics["generated_tokens"] + sum(trained)) / (time.perf_counter() - began)}
+    steps, trained = [step for episode in episodes for step in episode.steps], [u["tokens"] for u in updates]
+    tokens = {"generated_tokens": sum(len(step.response) for step in steps), "trained_tokens": sum(trained)}
+    return {
+        "iteration": iteration, "success": success[old:].mean() if old < s.groups else None,
+        "return": returns.mean(), "steps": len(steps) / len(episodes),
+        **{key: np.mean([getattr(step, key) for step in steps]) for key in ("valid", "truncated")},
+        **{key: np.average([update[key] for update in updates], weights=trained) if updates else None
+           for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")},
+        "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean(),
+        "groups_without_success": 1 - success.any(1).mean(), "replayed_groups": old, "updates": len(updates),
+        "drawn_episodes": len(drawn), "trained_episodes": (advantages[drawn] != 0).sum(), "learning_rate": rate,
+        "rollout_logprob_gap": gap, **tokens,
+        "tokens_per_second": sum(tokens.values()) / (time.perf_counter() - began)}
 
 
 def progress_line(metrics, iterations):
@@ -279,10 +278,9 @@ def progress_line(metrics, iterations):
     m, number = {key: "-" if x is None else f"{x:.3f}" for key, x in metrics.items()}, metrics["iteration"]
     times = metrics["seconds"], metrics["seconds"] / number * (iterations - number)
     gone, left = (f"{int(seconds) // 60}:{int(seconds) % 60:02d}" for seconds in times)
-    return (f"{number:4d}/{iterations}  success {m['success']}  return {m['return']}  steps {m['steps']}  "
-            f"valid {m['valid']}  truncated {m['truncated']}  entropy {m['entropy']}  "
-            f"alike {m['zero_variance_groups']}  clip {m['clip_share']}  grad {m['grad_norm']}  "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s  {gone} gone, {left} left")
+    shown = "success return steps valid truncated entropy zero_variance_groups clip_share grad_norm".split()
+    return "  ".join([f"{number:4d}/{iterations}", *(f"{key.split('_')[0]} {m[key]}" for key in shown),
+                      f"{metrics['tokens_per_second']:,.0f} tokens/s  {gone} gone, {left} left"])
 
 
 def write_text(path, text):
@@ -308,9 +306,9 @@ def train(out, learner):
         print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; before training, sampled on "
               f"held-out maps: success {before['success']:.4f} (a random player {before['random']:.4f}), "
               f"well-formed answers {before['valid']:.4f}", flush=True)
-    history, log = state["history"], out / "metrics.jsonl"
-    clock -= history[-1]["seconds"] if history else 0
-    write_text(log, "".join(json.dumps(metrics) + "\n" for metrics in history))  # what came later comes again
+    history, log = state["history"], out / "metrics.jsonl"  # its lines
+    clock -= json.loads(history[-1])["seconds"] if history else 0
+    write_text(log, "".join(history))  # what came later comes again
 
     def interrupt(*_):
         signal.signal(signal.SIGINT, handler)
@@ -322,9 +320,9 @@ def train(out, learner):
             now = evaluate(learner, "noslip")
             metrics |= {"unseen_success": now["success"], "unseen_success_unweighted": now["unweighted"]}
         metrics["seconds"] = time.perf_counter() - clock
-        history.append(metrics)
+        history.append(json.dumps(metrics, default=float) + "\n")
         with open(log, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(history[-1])
         print(progress_line(metrics, s.iterations), flush=True)
         if stop or iteration % s.checkpoint_every == 0 or iteration == s.iterations:
             with lm.replacing(path) as file:
@@ -336,7 +334,7 @@ def train(out, learner):
     lm.save_pretrained(out / "model", learner.master, learner.tokenizer)
     scenarios = evaluate_all(learner)
     unseen = scenarios["noslip"]
-    totals = {key: sum(metrics[key] for metrics in history) for key in ("generated_tokens", "trained_tokens")}
+    totals = {key: sum(json.loads(line)[key] for line in history) for key in ("generated_tokens", "trained_tokens")}
     write_text(out / "summary.json", json.dumps({
         "unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"],
         "random_success": unseen["random"], "optimal_success": unseen["optimal"], "seed": s.seed,
@@ -432,15 +430,13 @@ def main(argv=None):
     try:
         run(argv)
         return 0
-    except (ValueError, OSError) as error:
-        status, message = 2, error
     except (torch.OutOfMemoryError, MemoryError):
-        status, message = 2, ("out of memory: lower --micro-batch-tokens, --groups or --group-size, or set "
-                              "--recompute; results/memory.py computes what a run needs")
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    print(f"train.py: {message}", file=sys.stderr)
-    return status
+        error = ValueError("out of memory: lower --micro-batch-tokens, --groups or --group-size, or set --recompute; "
+                           "results/memory.py computes what a run needs")
+    except (ValueError, OSError, KeyboardInterrupt) as caught:
+        error = caught
+    print(f"train.py: {str(error) or 'interrupted'}", file=sys.stderr)
+    return 130 if isinstance(error, KeyboardInterrupt) else 2
 
 
 if __name__ == "__main__":
