@@ -18,7 +18,7 @@ import math
 import os
 import re
 import unicodedata
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -32,8 +32,8 @@ FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
           "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
           "BOOL": torch.bool}
-SIDE_FILES = """config.json generation_config.json tokenizer.json tokenizer_config.json added_tokens.json
-             special_tokens_map.json vocab.json merges.txt chat_template.jinja""".split()
+SIDE_FILES = ("config.json generation_config.json tokenizer.json tokenizer_config.json added_tokens.json "
+              "special_tokens_map.json vocab.json merges.txt chat_template.jinja").split()
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ def ensure(good, reason):
 
 @contextlib.contextmanager
 def blaming(path):
-    """Whatever the contents of the file at path do wrong inside is raised as a ValueError that names it."""
+    """What is wrong with the contents of the file at path is raised as a ValueError that names it."""
     try:
         yield
     except (OSError, MemoryError):
@@ -372,75 +372,71 @@ def parse_json(data):
     return value
 
 
-def parse_config(data):
-    """Config of config.json's bytes, from transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+def parse_config(data, files=None):
+    """Config of config.json, from transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
     An absent or null key has transformers' default. Call it inside `blaming`.
     """
     raw = parse_json(data)
     raw |= (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
-    kinds = "llama3", "default", None  # `type` is the older name, `full_attention` a rope of its own
-    for key, *allowed in (("model_type", *FAMILIES), ("rope_type", *kinds), ("type", *kinds),
-                          ("hidden_act", "silu", None), ("partial_rotary_factor", 1, None),
-                          ("full_attention", None), ("use_sliding_window", False, None),
-                          ("quantization_config", None)):
-        ensure(raw.get(key) in allowed, f"{key} is {raw.get(key)!r:.99}, where {allowed} are supported")
-    layers = set(re.findall(r"\w+", str(raw.get("layer_types"))))
-    ensure(layers <= {"None", "full_attention"}, f"layer_types is {layers!r:.99}, not full_attention")
+    kind, ropes = raw["model_type"], ("default", "llama3")  # `type` is the older name of rope_type,
+    for key, *allowed in (("model_type", *FAMILIES), ("rope_type", *ropes), ("type", *ropes),
+                          ("full_attention",), ("hidden_act", "silu"), ("partial_rotary_factor", 1),
+                          ("use_sliding_window", False), ("quantization_config",)):  # full_attention a rope's
+        ensure(raw.get(key) in [*allowed, None],
+               f"{key} is {raw.get(key)!r:.99}, where {allowed} are supported")
+    layers = {*(raw.get("layer_types") or [])} - {"full_attention"}
+    ensure(not layers, f"layer_types has {layers!r:.99}, where full_attention is supported")
 
     def get(key, kind, default=None):
         value = default if raw.get(key) is None else raw[key]
         good = type(value) in (kind, int if kind is float else kind)  # to isinstance, True is an int
-        ensure(good and (kind is bool or 0 < value <= (1e15 if kind is float else 1 << 24)),
-               f"{key} is {value!r:.99}, which is no {kind.__name__} in range")
+        ensure(good and (kind is bool or 0 < value < 1e15), f"{key} is {value!r:.99}, no {kind.__name__} in range")
         return value
 
-    heads, qwen3 = get("num_attention_heads", int), raw["model_type"] == "qwen3"
+    heads, scaling = get("num_attention_heads", int), None
     defaults = {"num_key_value_heads": heads,
-                "head_dim": 128 if qwen3 and "head_dim" not in raw else get("hidden_size", int) // heads}
+                "head_dim": 128 if kind == "qwen3" and "head_dim" not in raw else get("hidden_size", int) // heads}
     shape = {f.name: get(f.name, f.type, defaults.get(f.name, f.default)) for f in fields(Config)
              if f.type in (int, float, bool)}
-    shape["attention_bias"] &= raw["model_type"] != "qwen2"  # which has its own way
-    shape["mlp_bias"] &= raw["model_type"] == "llama"
+    shape["attention_bias"] &= kind != "qwen2"  # which has its own way
+    shape["mlp_bias"] &= kind == "llama"
     ensure(heads % shape["num_key_value_heads"] == 0, f"num_key_value_heads does not divide {heads} heads")
     ensure(shape["head_dim"] % 2 == 0, f"head_dim is {shape['head_dim']}, which is odd")
     if "llama3" in (raw.get("rope_type"), raw.get("type")):
         keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-        shape["rope_scaling"] = {"rope_type": "llama3"} | {key: get(key, float) for key in keys}
+        scaling = {"rope_type": "llama3"} | {key: get(key, float) for key in keys}
         ensure(raw["low_freq_factor"] < raw["high_freq_factor"], "high_freq_factor is below low_freq_factor")
-    return Config(raw["model_type"], **shape)
+    return Config(kind, **shape, rope_scaling=scaling, files=files or {})
 
 
 def format_config(config, dtype, end_ids):
     """config.json's bytes in the older dialect, which transformers 4 and 5 and vLLM all read."""
     raw = {"bos_token_id": None, "eos_token_id": min(end_ids, default=None)}  # else transformers takes 1, 2
-    raw |= json.loads(config.files.get("config.json", b"{}"))
-    raw |= {f.name: getattr(config, f.name) for f in fields(config)} | {
+    raw |= json.loads(config.files.get("config.json", b"{}")) | vars(config) | {
         "hidden_act": "silu", "architectures": [FAMILIES[config.model_type]], "torch_dtype": str(dtype)[6:]}
     raw = {key: value for key, value in raw.items() if key not in ("files", "rope_parameters", "dtype")}
     return json.dumps(raw, indent=2).encode()
 
 
 def read_header(path):
-    """{name: (path, dtype, shape, offset)} of a safetensors file, in the order of the data, which is not
-    read.
+    """{name: (path, dtype, shape, offset)} of a safetensors file in the order of the data, which is not read.
 
     The format: 8 little-endian bytes N; N bytes of JSON, {name: {dtype, shape, data_offsets}}; the data.
     """
     with blaming(path), open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        end = start = 8 + int.from_bytes(file.read(8), "little")
+        size, start = os.fstat(file.fileno()).st_size, 8 + int.from_bytes(file.read(8), "little")
         ensure(start <= min(size, 100_000_008), f"a header of {start - 8} bytes in {size} is too long")
-        header, entries = parse_json(file.read(start - 8)), {}
+        header, entries, end = parse_json(file.read(start - 8)), {}, start
         metadata = header.pop("__metadata__", None)
         ensure(metadata is None or {*map(type, metadata.values())} <= {str}, "__metadata__ maps no strings")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (begin, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            good = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in [*shape, begin, stop])
+            good = type(shape) is list and all(type(n) is int and n >= 0 for n in [*shape, begin, stop])
             good = good and len(shape) <= 64 and math.prod(max(n, 1) for n in shape) < 1 << 63  # strides
             good = good and start + begin == end and math.prod(shape) * dtype.itemsize == stop - begin
             ensure(good, f"tensor {name!r:.99} is {entry!r:.199}, where byte {end - start} is next")
-            entries[name], end = (path, dtype, shape, start + begin), start + stop
+            entries[name], end = (path, dtype, shape, end), start + stop
         ensure(end == size, f"its tensors end at byte {end}, the file at {size}")
     return entries
 
@@ -463,35 +459,32 @@ def read_safetensors(path):
 
 def write_safetensors(path, tensors):
     """Write {name: tensor} as a safetensors file, sorted by name, one tensor at a time."""
-    names, tensors = {dtype: name for name, dtype in DTYPES.items()}, dict(sorted(tensors.items()))
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers 4 insists on it
-    for name, tensor in tensors.items():
-        ensure(tensor.dtype in names and name not in header, f"{path} cannot hold {name!r} of {tensor.dtype}")
+    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
+    for name, tensor in sorted(tensors.items()):
+        ensure(tensor.dtype in names and name != "__metadata__", f"{path} cannot hold {name!r} of {tensor.dtype}")
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False).encode()
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()  # transformers 4 insists on it
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        for name in header:
+            file.write(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 def find_tensors(directory):
-    """`read_header` of model.safetensors, or of the shards that model.safetensors.index.json names,
-    together."""
-    path, index, entries = directory / "model.safetensors", directory / "model.safetensors.index.json", {}
-    if path.exists() or not index.exists():
-        return read_header(path)
+    """`read_header` of model.safetensors, or of all the shards of model.safetensors.index.json together."""
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").exists() or not index.exists():
+        return read_header(directory / "model.safetensors")
     with blaming(index):
         home = parse_json(index.read_bytes())["weight_map"]
-        for shard in set(home.values()):
-            ensure(re.fullmatch(r"[^/\\\0]+\.safetensors", shard), f"{shard!r:.99} is no bare file name")
-            found = read_header(directory / shard)
-            wrong = found.keys() ^ {name for name in home if home[name] == shard}
-            ensure(not wrong, f"it and {shard} disagree on {sorted(wrong)!r:.199}")
-            entries |= found
-    return entries
+        shards = {*home.values()}
+        ensure(all(re.fullmatch(r"[^/\\\0]+\.safetensors", shard) for shard in shards), "a shard is no bare file name")
+        found = [entry for shard in shards for entry in read_header(directory / shard).items()]
+        places = sorted((name, path.name) for name, (path, *_) in found)
+        ensure(places == sorted(home.items()), "it and its shards disagree on the tensors")
+    return dict(found)
 
 
 # How GPT-2 cuts text into pieces; the same after every digit was cut out, where white space before a digit
@@ -514,13 +507,14 @@ CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
 def split_pattern(pre_tokenizer):
     """The regular expression of the pieces into which a tokenizer.json's pre_tokenizer cuts text."""
     *first, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    plain = last["type"] == "ByteLevel" and last["add_prefix_space"] is False
-    match plain, last.get("use_regex", True), first:
-        case True, True, []:
+    match first, last | {"use_regex": last.get("use_regex", True)}:
+        case [], {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return GPT2_PIECES
-        case True, True, [{"type": "Digits", "individual_digits": True}]:
+        case [{"type": "Digits", "individual_digits": True}], {
+                "type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return DIGIT_PIECES
-        case True, False, [{"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}]:
+        case [{"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}], {
+                "type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
             return regex
     raise ValueError(f"pre_tokenizer {pre_tokenizer!r:.299} is not supported")
 
@@ -612,9 +606,9 @@ def tiny_tokenizer(texts, end):
 def load_pretrained(directory, dtype=torch.float32):
     """(Transformer in dtype, Tokenizer) of a Hugging Face directory; the second None without tokenizer.json.
 
-    Memory peaks at about the weights' own size: a model on the meta device tells which names and shapes the
-    files must have, then each tensor is allocated once and converted by itself. Raises ValueError, with file
-    and reason, on what is malformed or another kind of model.
+    Memory peaks at about the weights' own size: each tensor is allocated once, converted by itself, and takes
+    its place in a model on the meta device. Raises ValueError, with file and reason, on what is malformed or
+    another kind of model.
     """
     directory, ends = Path(directory), []
     files = {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).exists()}
@@ -622,25 +616,20 @@ def load_pretrained(directory, dtype=torch.float32):
         with blaming(directory / name):
             found = parse_json(files.get(name, b"{}")).get("eos_token_id")
             ends += found if isinstance(found, list) else [found]
-            ensure(all(i is None or type(i) is int for i in ends), f"eos_token_id is {found!r:.99}")
+            ensure({*map(type, ends)} <= {int, type(None)}, f"eos_token_id is {found!r:.99}")
     with blaming(directory / "config.json"):
-        config = replace(parse_config(files.get("config.json", b"")), files=files)
+        config = parse_config(files.get("config.json", b""), files)
     entries = find_tensors(directory)
-    ensure(9 * config.num_hidden_layers <= len(entries),  # before making them: a layer has 9 tensors or more
-           f"{directory}: num_hidden_layers {config.num_hidden_layers} against {len(entries)} tensors")
-    with torch.device("meta"):
-        model = Transformer(config)
-    shapes = {name: [*tensor.shape] for name, tensor in model.state_dict().items()}
     for name in [*entries]:  # the embedding once more, and what old Llama files repeat of rope_theta
         if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
             del entries[name]
-    wrong = sorted(shapes.keys() ^ entries.keys())
-    ensure(not wrong, f"{directory}: tensors that the files lack or the model does not know: {wrong!r:.199}")
-    for name, (path, kind, shape, _) in entries.items():
-        ensure(shape == shapes[name] and kind.is_floating_point,
-               f"{path}: {name} is {kind} {shape}, where the model has floats {shapes[name]}")
-    state = {name: read_tensor(*entry).to(dtype) for name, entry in entries.items()}
-    model.load_state_dict(state, assign=True)
+    with blaming(directory):
+        wrong = [name for name, (_, kind, *_) in entries.items() if not kind.is_floating_point]
+        ensure(not wrong, f"weights that are no floats: {wrong}")
+        ensure(9 * config.num_hidden_layers <= len(entries), f"{len(entries)} tensors, too few for all its layers")
+        with torch.device("meta"):
+            model = Transformer(config)
+        model.load_state_dict({name: read_tensor(*entry).to(dtype) for name, entry in entries.items()}, assign=True)
     if "tokenizer.json" not in files:
         return model, None
     with blaming(directory / "tokenizer.json"):
@@ -656,7 +645,7 @@ def save_pretrained(directory, model, tokenizer):
     first takes its own, so an interruption leaves an earlier checkpoint whole.
     """
     directory, files = Path(directory), dict(model.config.files)
-    end_ids = tokenizer.end_ids if tokenizer else set()
+    end_ids = tokenizer.end_ids if tokenizer else ()
     if tokenizer:
         ends = [name for name, i in tokenizer.special.items() if i in end_ids]  # a word stays a word
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ends[0] if ends else None}
