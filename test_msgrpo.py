@@ -903,7 +903,7 @@ def test_what_is_trained_on(warm, few_maps, tmp_path, monkeypatch):
 CHANGES = {  # for every setting a value that is not QUICK's
     "seed": 1, "iterations": 3, "scenario": "big", "replay": 1.0, "groups": 2, "group_size": 2,
     "sampling": "uniform", "keep": .2, "update_episodes": 2, "gamma": .5, "normalize_std": False,
-    "clip": .001, "entropy_coef": .5, "learning_rate": .002, "final_learning_rate": 0.0, "beta2": .5,
+    "clip": .001, "max_gap": 1e-9, "entropy_coef": .5, "learning_rate": .002, "final_learning_rate": 0.0, "beta2": .5,
     "weight_decay": 9.0, "grad_clip": 1e-9, "temperature": .8, "max_new_tokens": 2, "think": True,
     "coordinates": True, "invalid_penalty": 5.0, "step_cost": 1.0, "micro_batch_tokens": 10,
     "dtype": "bfloat16", "eval_every": 1, "eval_episodes": 2, "warmup_steps": 1}

@@ -57,6 +57,7 @@ class Settings:
     gamma: float = setting(1.0, "credit per step of distance from the end; 1 is MS-GRPO [paper]", 0, 1)
     normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
     clip: float = setting(.2, "of the ratio, on both sides [author]")
+    max_gap: float = setting(.15, "mean |log ratio| of an update at which the iteration's updates end")
     entropy_coef: float = setting(.001, "of the entropy bonus, per token in nats [author]")
     learning_rate: float = setting(1e-6, "of AdamW [author]")
     final_learning_rate: float = setting(1.0, "share of it left by linear decay; 1: constant [author]", 0, 1)
@@ -252,9 +253,13 @@ def iterate(agent, learner, iteration, failed):
         agent, [episodes[i] for i in chosen], s.micro_batch_tokens)
     updates = []
     for part in np.array_split(chosen, max(1, round(len(chosen) / s.update_episodes))) if len(chosen) else ():
-        updates.append(msgrpo.accumulate_gradient(
+        update = msgrpo.accumulate_gradient(
             agent, [episodes[i] for i in part], advantages[part], clip=s.clip, gamma=s.gamma,
-            entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens) | {"grad_norm": learner.update(rate)})
+            entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens)
+        if update["logprob_gap"] > s.max_gap:  # far enough from the policy that played
+            learner.optimizer.zero_grad()
+            break
+        updates.append(update | {"grad_norm": learner.update(rate)})
 
     failed[:] = [desc for desc in failed if desc not in maps]
     failed[:] = (failed + [desc for desc, solved in zip(maps, success.all(1)) if not solved])[-256:]

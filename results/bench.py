@@ -5,7 +5,7 @@
     python results/bench.py --checkpoint DIR                         real weights and tokenizer for smollm2
 
 rollout  one answer of --new tokens to each of `batch` states, sampled at temperature 1, no end tokens. Ours:
-         model.encode_prefix and model.generate. Theirs: generate, padded left, with a cache.
+         model.LanguageAgent.act. Theirs: generate, padded left, with a cache.
 update   forward and backward pass of the clipped objective on these answers, without optimiser. Ours:
          msgrpo.accumulate_gradient. Theirs: whole sequences padded right, at most 32 at once, logits of
          every token, log_softmax in float32, as trainers do.
@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
@@ -103,25 +104,21 @@ def lakes(states, rng):
 
 class Ours:
     def __init__(self, directory, dtype, prefix, new):
-        self.model, self.prefix, self.new = lm.load_pretrained(directory, dtype)[0], prefix, new
-        self.vocabulary, self.name = self.model.config.vocab_size, "ours"
+        self.model, self.name = lm.load_pretrained(directory, dtype)[0], "ours"
+        tokenizer = SimpleNamespace(size=self.model.config.vocab_size, end_ids=(), decode=str,
+                                    prefix=lambda text: prefix, suffix=lambda prompt, think: prompt)
+        self.agent = lm.LanguageAgent(self.model, tokenizer, "", max_new_tokens=new)
 
     def rollout(self, prompts):
-        with torch.no_grad():
-            prefix = lm.encode_prefix(self.model, self.prefix)
-        uniforms = np.random.default_rng(0).random((len(prompts), self.new))
-        return lm.generate(self.model, prefix, prompts, uniforms, self.new, (), self.vocabulary)[0]
-
-    def score(self, steps):
-        prefix = lm.encode_prefix(self.model, self.prefix)
-        prompts, responses = [step.prompt for step in steps], [step.response for step in steps]
-        return lm.score(self.model, prefix, prompts, responses, self.vocabulary)
+        self.agent.refresh()
+        uniforms = np.random.default_rng(0).random((len(prompts), self.agent.max_new_tokens))
+        return [answer[1] for answer in self.agent.act(prompts, uniforms)]
 
     def logprobs(self, steps):
-        return self.score(steps)[0]
+        return self.agent.score(steps)[0]
 
     def update(self, steps, advantages):
-        msgrpo.accumulate_gradient(self, [msgrpo.Episode([step]) for step in steps], advantages)
+        msgrpo.accumulate_gradient(self.agent, [msgrpo.Episode([step]) for step in steps], advantages)
 
 
 class Theirs:
@@ -261,7 +258,7 @@ def compare(name, dtype, batch, states, args):
         sides = [side(directory, DTYPES[dtype], prefix, args.new) for side in (Ours, Theirs)]
         steps = [msgrpo.Step(prompt, tuple(answer)) for prompt, answer in
                  zip(prompts, sides[0].rollout(prompts), strict=True)]
-        msgrpo.rescore(sides[0], [msgrpo.Episode(steps)])
+        msgrpo.rescore(sides[0].agent, [msgrpo.Episode(steps)])
         record = {"model": name, "dtype": dtype, "batch": batch, "states": states, "prefix": len(prefix),
                   "prompt": statistics.mean(map(len, prompts)), "unequal_prompts": len(set(prompts)),
                   "unequal_answers": len({(step.prompt, step.response) for step in steps}),

@@ -11,8 +11,7 @@ What comes and goes is not written as formulas, which would age: model.py itself
 where tensors have sizes and no contents, and every allocation is counted while it lives.
 
     KV cache     2 layers kv_heads head_dim (shared + episodes (prompt - shared + new - 1)), dtype of the copy
-    rollout      peak of the prompts of all episodes and one more token of each, the cache gathered into a
-                 new one, and four float32 tables (episodes, vocabulary) to sample from
+    rollout      peak of the answers of all episodes, with the tables (episodes, vocabulary) to sample from
     activations  what the forward pass of the largest micro-batch keeps for its backward pass: the insides of
                  every layer, attention weights (heads, tokens, shared + own slots) among them; or, with
                  --recompute, a layer's input, keys and values; and tables (response tokens, vocabulary)
@@ -29,6 +28,7 @@ import resource
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
@@ -39,7 +39,12 @@ import model as lm
 import msgrpo
 import train
 
-torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True  # a mask without contents is all True
+# What depends on contents, which meta tensors lack: masks are all True, no two rows are equal.
+torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True
+UNIQUE, EQUAL, TOLIST = torch.Tensor.unique, torch.equal, torch.Tensor.tolist
+torch.Tensor.unique = lambda x, **kwargs: (x, torch.arange(len(x), device="meta")) if x.is_meta else UNIQUE(x, **kwargs)
+torch.equal = lambda a, b: not a.is_meta and EQUAL(a, b)
+torch.Tensor.tolist = lambda x: TOLIST(torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else x)
 GIB = 2 ** 30
 
 
@@ -67,25 +72,29 @@ class Allocations(TorchDispatchMode):
         self.live -= self.storages.pop(key)
 
 
+def agent(model, args):
+    """An agent whose prompts are given as tokens."""
+    tokenizer = SimpleNamespace(size=model.config.vocab_size, end_ids=(), decode=str,
+                                prefix=lambda text: [0] * args.shared, suffix=lambda prompt, think: prompt)
+    return lm.LanguageAgent(model, tokenizer, "", max_new_tokens=args.new)
+
+
 def rollout(model, args):
-    """Peak of a batch's prompts and of one more token each, without gradient."""
+    """Peak of a batch's answers."""
     prompts = [(i,) * (args.prompt - args.shared) for i in range(args.episodes)]
-    with torch.no_grad(), Allocations() as memory:
-        prefix = lm.encode_prefix(model, [0] * args.shared)
-        *_, past, lengths = lm.encode_prompts(model, prefix, prompts, args.new - 1)
-        past = [(k.clone(), v.clone()) for k, v in past]
-        model(torch.zeros(args.episodes, 1, dtype=torch.long, device="meta"), prefix, past, lengths)
-    return memory.peak + 16 * args.episodes * model.config.vocab_size
+    with Allocations() as memory:
+        agent(model, args).act(prompts, torch.zeros(args.episodes, args.new).tolist())
+    return memory.peak
 
 
 def micro_batch(model, args):
     """(kept by the forward pass, peak with the backward pass) of as many answers as the budget holds."""
     prompt = args.prompt - args.shared
     n = min(args.update_episodes * args.steps, max(1, args.micro_batch_tokens // (prompt + args.new)))
-    prompts, responses = ([(i,) * length for i in range(n)] for length in (prompt, args.new))
+    steps = [msgrpo.Step((i,) * prompt, (i,) * args.new) for i in range(n)]
+    policy = agent(model, args)
     with Allocations() as memory:
-        prefix = lm.encode_prefix(model, [0] * args.shared)
-        logprobs, entropies = lm.score(model, prefix, prompts, responses, model.config.vocab_size)
+        logprobs, entropies = policy.score(steps)
         loss, kept = (logprobs.exp() + entropies).sum(), memory.live
         loss.backward()
     return kept, memory.peak
@@ -114,27 +123,18 @@ def measure(config, args):
     """Peak resident bytes of a rollout and two updates with random weights, less those before."""
     prompts = [(i,) * (args.prompt - args.shared) for i in range(args.episodes * args.steps)]
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    learner = train.Learner(lm.Transformer(config), train.Settings(
-        dtype=args.dtype, device="cpu", recompute=args.recompute))
-    for weight in learner.master.parameters():
+    master = lm.Transformer(config)
+    for weight in master.parameters():
         torch.nn.init.normal_(weight, std=.02)
-    learner.refresh()
-    with torch.no_grad():
-        prefix = lm.encode_prefix(learner.model, [0] * args.shared)
-    uniforms = torch.rand(args.episodes, args.new)
-    lm.generate(learner.model, prefix, prompts[:args.episodes], uniforms, args.new, (), config.vocab_size)
-
-    class Agent:
-        def score(self, steps):
-            prompts, responses = [step.prompt for step in steps], [step.response for step in steps]
-            prefix = lm.encode_prefix(learner.model, [0] * args.shared)
-            return lm.score(learner.model, prefix, prompts, responses, config.vocab_size)
-
+    train.tiny_start = lambda settings: (master, True)
+    learner = train.Learner(train.Settings(dtype=args.dtype, device="cpu", recompute=args.recompute))
+    policy = agent(learner.model, args)
+    policy.act(prompts[:args.episodes], torch.rand(args.episodes, args.new).tolist())
     prompts = prompts[:args.update_episodes * args.steps]
     ids = torch.randint(config.vocab_size, (len(prompts), args.new)).tolist()
     steps = [msgrpo.Step(prompt, tuple(ids[i]), [0.0] * args.new) for i, prompt in enumerate(prompts)]
     for _ in range(2):  # the first makes the moments
-        msgrpo.accumulate_gradient(Agent(), [msgrpo.Episode(steps)], [1.0], entropy_coef=.001,
+        msgrpo.accumulate_gradient(policy, [msgrpo.Episode(steps)], [1.0], entropy_coef=.001,
                                    budget=args.micro_batch_tokens)
         learner.update(1e-6)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
