@@ -97,7 +97,7 @@ class Settings:
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=200, groups=64, group_size=32, update_episodes=64,  # from nothing it takes more
+    iterations=250, groups=64, group_size=32, update_episodes=128,  # from nothing it takes more
     replay=.5,  # soon most groups are all alike, and teach nothing
     explore=True,  # soon the policy is sure of what it does on the last maps that it always fails
     normalize_std=False,  # the std blows up groups that are nearly all alike, and soon all are
