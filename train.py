@@ -97,12 +97,12 @@ class Settings:
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=250, groups=64, group_size=32, update_episodes=128,  # from nothing it takes more
+    iterations=200, groups=64, group_size=32, update_episodes=64,  # from nothing it takes more
     replay=.5,  # soon most groups are all alike, and teach nothing
     explore=True,  # soon the policy is sure of what it does on the last maps that it always fails
     normalize_std=False,  # the std blows up groups that are nearly all alike, and soon all are
     entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty the answers' form
-    learning_rate=1.5e-3, final_learning_rate=.05, weight_decay=0.0, temperature=1.0,
+    learning_rate=1e-3, final_learning_rate=.05, weight_decay=0.0, temperature=1.0,
     beta2=.99, grad_clip=.1,  # gradients grow tenfold when the model begins to look at the map
     max_new_tokens=3,  # <action>, a word, </action>
     dtype="float32", device="cpu", threads=1, warmup_steps=250)
