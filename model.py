@@ -253,27 +253,24 @@ class LanguageAgent:
         of the batch, ended ones leave it. A uniform picks its token by the inverse of the cumulative
         distribution, so that an answer does not depend on its batch."""
         index, size, limit = numbered(prompts), self.tokenizer.size, self.max_new_tokens
-        ids, lengths = pad(index, self.ends.device)
-        head, (count, width) = len(self.instructions), ids.shape
-        hidden, end, past = ahead(width).to(ids.device), width, []
+        new, lengths = pad(index, self.ends.device)
+        head, (count, width), past = len(self.instructions), new.shape, []
 
         def attend(layer, q, k, v):
             if layer == len(past):  # room for the answer's tokens too
                 past.append([x.new_empty(*x.shape[:2], width + limit - 1, x.shape[3]) for x in (k, v)])
-            for kept, new in zip(past[layer], (k, v)):
-                kept[:, :, end - new.shape[2]:end] = new
+            for kept, x in zip(past[layer], (k, v)):
+                kept[:, :, end - x.shape[2]:end] = x
             return attention(q, *(kept[:, :, :end] for kept in past[layer]), hidden, self.prefix[layer])
 
-        last = self.range(count) * width + lengths - 1
-        logits = self.model(ids, head + self.range(width)[None], attend, last)
+        hidden, end, positions = ahead(width).to(new.device), width, head + self.range(width)[None]
+        places = self.range(count) * width + lengths - 1  # of the logits: each prompt's last token
         alive, parent = self.range(len(prompts)), self.tensor([index[prompt] for prompt in prompts])  # its row
-        tokens = torch.full((len(prompts), limit), -1, device=ids.device)
-        logprobs = torch.zeros(tokens.shape, device=ids.device)
+        tokens, logprobs = (torch.full((len(prompts), limit), x, device=new.device) for x in (-1, 0.0))
         for t in range(limit):
-            table = self.log_probabilities(logits)
-            if uniforms is None:
-                token = table.argmax(-1)[parent]
-            else:
+            table = self.log_probabilities(self.model(new, positions, attend, places))
+            token = table.argmax(-1)[parent]
+            if uniforms is not None:
                 cumulative = table.exp().cumsum(-1)[parent]
                 target = uniforms[alive, t:t + 1] * cumulative[:, -1:]
                 token = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=size - 1)
@@ -283,12 +280,11 @@ class LanguageAgent:
             if t + 1 == limit or not len(alive):
                 break
             branches, parent = (parent[on] * size + token[on]).unique(return_inverse=True)
-            rows, new = branches // size, branches[:, None] % size
+            rows, new, places = branches // size, branches[:, None] % size, self.range(len(branches))
             if not torch.equal(rows, self.range(len(lengths))):
                 past, lengths = [[x[:, rows] for x in kv] for kv in past], lengths[rows]
-            end = width + t + 1
+            end, positions = width + t + 1, head + lengths[:, None] + t
             hidden = F.pad(~within(lengths, width), (0, t + 1))[:, None]
-            logits = self.model(new, head + lengths[:, None] + t, attend)[:, 0]
         replies = [tuple(i for i in row if i >= 0) for row in tokens.tolist()]
         return [(prompt, reply, logs[:len(reply)], self.decode(reply), reply[-1] not in self.tokenizer.end_ids)
                 for prompt, reply, logs in zip(prompts, replies, logprobs.tolist())]
@@ -402,7 +398,7 @@ def parse_config(data, files=None):
     shape["attention_bias"] &= kind != "qwen2"  # which has its own way
     shape["mlp_bias"] &= kind == "llama"
     ensure(heads % shape["num_key_value_heads"] == 0, f"num_key_value_heads does not divide {heads} heads")
-    ensure(shape["head_dim"] % 2 == 0, f"head_dim is {shape['head_dim']}, which is odd")
+    ensure(shape["head_dim"] % 2 == 0, f"head_dim is {shape['head_dim']}, an odd number")
     if "llama3" in (raw.get("rope_type"), raw.get("type")):
         keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
         scaling = {"rope_type": "llama3"} | {key: get(key, float) for key in keys}
@@ -492,7 +488,7 @@ def find_tensors(directory):
 # a word, number or symbol with the space before it; white space.
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT_PIECES = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-TINY_PIECES = r"[A-Z][a-z][^\n]*|</?[a-z]+>| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
+TINY_PIECES = r"[A-Z][a-z][^\n]*|</?[a-z]+>|\n[A-Z_](?= )| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
 CHATS = {  # a control token that tells a template: (before the user's text, end of turn, start of the answer)
     "<|im_start|>": ("<|im_start|>user\n", "<|im_end|>", "\n<|im_start|>assistant\n"),
     "<|start_header_id|>": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
@@ -507,14 +503,12 @@ CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
 def split_pattern(pre_tokenizer):
     """The regular expression of the pieces into which a tokenizer.json's pre_tokenizer cuts text."""
     *first, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    match first, last | {"use_regex": last.get("use_regex", True)}:
-        case [], {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+    match last["type"], last["add_prefix_space"], last.get("use_regex", True), *first:
+        case "ByteLevel", False, True:
             return GPT2_PIECES
-        case [{"type": "Digits", "individual_digits": True}], {
-                "type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+        case "ByteLevel", False, True, {"type": "Digits", "individual_digits": True}:
             return DIGIT_PIECES
-        case [{"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}], {
-                "type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+        case "ByteLevel", False, False, {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}:
             return regex
     raise ValueError(f"pre_tokenizer {pre_tokenizer!r:.299} is not supported")
 

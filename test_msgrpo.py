@@ -895,7 +895,7 @@ def test_what_is_trained_on(warm, few_maps, tmp_path, monkeypatch):
     monkeypatch.setattr(msgrpo, "play", playing)
     monkeypatch.setattr(msgrpo, "accumulate_gradient", accumulating)
     assert command("--checkpoint", warm, "--out", tmp_path / "a", *QUICK, "--group-size", 6,
-                   "--scenario", "slippery", "--step-cost", .01, "--temperature", 1.5) == 0
+                   "--scenario", "slippery", "--step-cost", .01, "--temperature", 1.5, "--max-gap", 99) == 0
     assert len(luck) == len({*luck}) == 96 and max(trained) <= 5  # no two episodes, of any iteration
     assert sum(trained) == sum(min(12, n) for n in mixed) > 12
 

@@ -169,7 +169,7 @@ def hand_on_gradient(weight, low):
 
 def tiny_start(settings):
     """A new tiny model and its tokenizer, whose words are the game's."""
-    texts = ["P _ O G\n_ P O G", *(f"<action>{word}</action>" for word in frozenlake.ACTIONS)]
+    texts = ["P _ O G\n_ \nP \nO \nG ", *(f"<action>{word}</action>" for word in frozenlake.ACTIONS)]
     for name, s in SCENARIOS.items():
         desc = ["S" + "G" * (s.size - 1), *["G" * s.size] * (s.size - 1)]
         texts.append(settings.lake(desc, scenario=name).instructions)
