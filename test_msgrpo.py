@@ -849,8 +849,8 @@ def test_a_run_leaves_what_it_promises(warm, capsys):
     before, _ = snapshot(warm), capsys.readouterr()
     for argv in (("--eval", warm, "--eval-episodes", 20), ("--eval", warm / "model", "--eval-episodes", 1)):
         assert command(*argv) == 0
-        rows = re.findall(r"^(\w+) +([\d.]+) .* (\d+) episodes", capsys.readouterr().out, re.MULTILINE)
-        assert [row[0] for row in rows] == [*SCENARIOS] and rows[0][1:] == (f"{unseen['success']:.4f}", "503")
+        rows = re.findall(r"^(\w+) +success ([\d.]+) .* episodes (\d+)", capsys.readouterr().out, re.MULTILINE)
+        assert [row[0] for row in rows] == [*SCENARIOS] and rows[0][1:] == (f"{unseen['success']:.4g}", "503")
     assert command("--play", warm) == 0
     assert re.search(r"P is you.*<action>.*the goal in \d steps", capsys.readouterr().out, re.DOTALL)
     assert command("--resume", warm) == 0 and snapshot(warm) == before  # it is complete
