@@ -51,10 +51,7 @@ def solvable(desc):
 
 def random_map(size, p, rng):
     """A solvable size x size map, each tile but the corners frozen with probability p; rng: a numpy
-    Generator.
-
-    Raises ValueError where no such map can be drawn: Gymnasium's generator would search for ever.
-    """
+    Generator. ValueError where no such map can be drawn: Gymnasium's generator would search for ever."""
     if size < 2 or not 0 < p <= 1:
         raise ValueError(f"a random map needs size >= 2 and 0 < p <= 1, not size {size} and p {p}")
     for _ in range(100_000):
@@ -94,18 +91,15 @@ def render(tiles, columns, state, coordinates):
     cells = [{"H": "O", "G": "G"}.get(tile, "_") for tile in tiles]
     cells[state] = "P"
     grid = "\n".join(" ".join(cells[i:i + columns]) for i in range(0, len(cells), columns))
-    if not coordinates:
-        return grid
-    where = {symbol: ", ".join(f"({i // columns + 1}, {i % columns + 1})" for i, cell in enumerate(cells)
-                               if cell == symbol) or "none" for symbol in "POG"}
-    return f"(row, column) of you: {where['P']}; holes: {where['O']}; goal: {where['G']}\n{grid}"
+    at = {symbol: ", ".join(f"({i // columns + 1}, {i % columns + 1})" for i, cell in enumerate(cells)
+                            if cell == symbol) or "none" for symbol in "POG"}
+    where = f"(row, column) of you: {at['P']}; holes: {at['O']}; goal: {at['G']}\n"
+    return where + grid if coordinates else grid
 
 
 def parse_action(text):
     """psi: the action named between the last <action> and its </action>, or None where the text is invalid.
-
-    Exactly one of the four words counts: a search for substrings would read "right, then up" as a move.
-    """
+    Exactly one of the four words counts: a search for substrings would read "right, then up" as a move."""
     _, opened, rest = text.rpartition("<action>")
     word, closed, _ = rest.partition("</action>")
     word = word.strip().lower()
@@ -130,10 +124,10 @@ class FrozenLake:
             raise ValueError(f"a map is a rectangle of S, F, H and G with one S, not {desc}")
         if not 0 <= success_rate <= 1 or max_steps < 1:
             raise ValueError(f"success_rate {success_rate} is not in [0, 1] or max_steps {max_steps} below 1")
-        self.tiles, self.rows, self.columns = tiles, len(desc), len(desc[0])
+        self.tiles, self.rows, self.columns, self.state = tiles, len(desc), len(desc[0]), tiles.index("S")
         self.success_rate, self.max_steps, self.step_cost = success_rate, max_steps, step_cost
         self.invalid_penalty, self.coordinates, self.think = invalid_penalty, coordinates, think
-        self.rng, self.state, self.steps, self.success = rng or np.random.default_rng(), tiles.index("S"), 0, False
+        self.rng, self.steps, self.success = rng or np.random.default_rng(), 0, False
 
     def transitions(self, state, action):
         """T and r: [(probability, next_state, reward, terminated), ...] of an action; goal, hole absorb."""
@@ -183,13 +177,12 @@ Answer with {thoughts}<action>WORD</action>, where WORD is left, down, right or 
 
         Value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
         """
-        n = len(self.tiles)
-        kernel = np.zeros((4, n, n))  # (action, state, next state)
-        for action, state in itertools.product(range(4), range(n)):
+        kernel = np.zeros((4, len(self.tiles), len(self.tiles)))  # (action, state, next state)
+        for action, state in np.ndindex(kernel.shape[:2]):
             for probability, target, _, _ in self.transitions(state, action):
                 kernel[action, state, target] += probability
         goal, alive = (np.array([tile in kind for tile in self.tiles], float) for kind in ("G", "SF"))
-        optimal = uniform = np.zeros(n)
+        optimal = uniform = 0 * goal
         for _ in range(self.max_steps):
             optimal = (kernel @ (goal + alive * optimal)).max(0)
             uniform = (kernel @ (goal + alive * uniform)).mean(0)

@@ -88,11 +88,8 @@ class Episode:
 
 
 def play(policy, games, greedy=False):
-    """Play the games to their ends in lockstep, one batch of answers a step; ended ones leave: their
-    episodes.
-
-    An episode's samples come from its game's own generator, so they do not depend on what else is played.
-    """
+    """The games' episodes, played to their ends in lockstep, one batch of answers a step; ended ones leave.
+    An episode's samples come from its game's own generator, so they do not depend on what else is played."""
     episodes = [Episode() for _ in games]
     live = list(zip(games, episodes))
     while live:
@@ -109,11 +106,8 @@ def play(policy, games, greedy=False):
 
 
 def episode_advantages(returns, normalize_std=True):
-    """A_i = (R_i - mean R) / (std R + 1e-6) over each group: returns (groups, G) -> (groups, G), float.
-
-    Population std. A group whose returns are all equal has exactly 0, whatever floating point makes of its
-    mean.
-    """
+    """A_i = (R_i - mean R) / (std R + 1e-6) over each group, population std: returns (groups, G) -> (groups,
+    G). A group whose returns are all equal has exactly 0, whatever floating point makes of its mean."""
     returns = torch.as_tensor(returns, dtype=torch.float32)
     advantages = returns - returns.mean(1, keepdim=True)
     if normalize_std:
@@ -136,11 +130,9 @@ def aaw_probabilities(advantages):
 
 
 def draw_episodes(advantages, sampling, count, rng):
-    """Indices, ascending, of the episodes to train on: advantages (N,); rng a numpy Generator.
-
-    "aaw" draws count by `aaw_probabilities` without replacement, or as many as there are with A != 0;
-    "uniform" count of N whatever their A; "all" takes the N.
-    """
+    """Indices, ascending, of the episodes to train on: advantages (N,); rng a numpy Generator. "aaw" draws
+    count by `aaw_probabilities`, or as many as there are with A != 0; "uniform" count of N whatever their A;
+    "all" N."""
     most = int((advantages != 0).sum()) if sampling == "aaw" else len(advantages)
     count = most if sampling == "all" else min(count, most)
     p = aaw_probabilities(advantages).numpy() if sampling == "aaw" and count else None
@@ -166,9 +158,7 @@ def micro_batches(steps, budget):
 @torch.no_grad()
 def rescore(policy, episodes, budget=16384):
     """Replace the sampled log-probabilities by those of `policy.score`; returns the mean absolute difference.
-
-    For rollouts whose numerics are not those of training: a ratio must be 1 before the first update.
-    """
+    For rollouts whose numerics are not those of training: a ratio must be 1 before the first update."""
     gaps = []
     for batch in micro_batches([step for episode in episodes for step in episode.steps], budget):
         scored = iter(policy.score(batch)[0].tolist())
@@ -180,11 +170,8 @@ def rescore(policy, episodes, budget=16384):
 
 def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, entropy_coef=0.0, budget=16384):
     """Add the gradient of one update's loss to the parameters' .grad; returns means over its tokens, a dict.
-
-    The denominator is the number of response tokens of all these episodes, whatever their advantage, so the
-    split into micro-batches changes nothing; steps without credit cost no forward pass unless the entropy
-    term needs it.
-    """
+    The denominator is the number of response tokens of all these episodes, so the split into micro-batches
+    changes nothing; steps without credit cost no forward pass unless the entropy term needs them."""
     for episode, advantage in zip(episodes, advantages):
         for step, credit in zip(episode.steps, step_credit(episode, float(advantage), gamma)):
             step.credit = credit
@@ -197,8 +184,7 @@ def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, ent
         credit = torch.tensor([step.credit for step in batch for _ in step.response], device=logprobs.device)
         objective, clipped = clipped_objective(logprobs, old, credit, clip)
         gap = (logprobs.detach() - old).abs()
-        near = gap <= math.log1p(clip)  # the bonus, too, goes no further than this
-        loss = -(objective + entropy_coef * near * entropies).sum() / tokens
+        loss = -(objective + entropy_coef * (gap <= math.log1p(clip)) * entropies).sum() / tokens
         loss.backward()
         sums += torch.stack([loss * tokens, entropies.sum(), clipped.sum(), gap.sum()]).detach().cpu()
     n = sum(len(step.response) for step in scored)

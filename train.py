@@ -32,7 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE != "cpu" or torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
-def setting(default, text, low=0, high=np.inf, choices=None):
+def setting(default, text, low=0, high=np.inf, choices=()):
     return field(default=default, metadata={"help": text, "range": (low, high, choices)})
 
 
@@ -49,7 +49,7 @@ class Settings:
     group_size: int = setting(16, "episodes a group, all from the same start [author]", 2)
     replay: float = setting(0.0, "share of groups on maps where an episode failed when last played", 0, 1)
     explore: bool = setting(False, "fill AAW's draw with lost groups' episodes, for their entropy")
-    sampling: str = setting("aaw", "of episodes to train on: aaw, uniform or all", choices=("aaw", "uniform", "all"))
+    sampling: str = setting("aaw", "of episodes: aaw, uniform or all", choices=("aaw", "uniform", "all"))
     keep: float = setting(.5, "share of the episodes that aaw and uniform draw", 1e-9, 1)
     update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
     gamma: float = setting(1.0, "credit per step of distance from the end; 1 is MS-GRPO [paper]", 0, 1)
@@ -69,7 +69,7 @@ class Settings:
     step_cost: float = setting(0.0, "taken off at every step")
     micro_batch_tokens: int = setting(16384, "tokens of one forward and backward pass, about", 1)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
-    dtype: str = setting(DTYPE, "of forward passes, float32 or bfloat16, here", choices=("float32", "bfloat16"))
+    dtype: str = setting(DTYPE, "of passes here, float32 or bfloat16", choices=("float32", "bfloat16"))
     device: str = setting(DEVICE, "of the model, here")
     threads: int = setting(torch.get_num_threads(), "of the CPU, here; sums depend on it", 1)
     checkpoint_every: int = setting(20, "iterations between states to resume from", 1)
@@ -108,13 +108,9 @@ def generator(*key):
 
 
 class Learner:
-    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and has
-    gradients.
-
-    An update of relative size 1e-6 vanishes in bfloat16: what is trained and saved is float32. A bfloat16
-    model is a copy that takes the weights over after each update, and hands on each gradient as soon as it is
-    there.
-    """
+    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and has gradients.
+    An update of relative size 1e-6 vanishes in bfloat16. So a bfloat16 model is a copy that hands on its
+    gradients as they come, and takes over the weights, which are what is saved, after each update."""
 
     def __init__(self, settings):
         self.settings = s = settings
@@ -128,8 +124,8 @@ class Learner:
             for weight, low in zip(self.master.parameters(), self.model.parameters()):
                 low.register_post_accumulate_grad_hook(lambda low, weight=weight: hand_on(low, weight))
         self.model.recompute = s.recompute
-        self.optimizer = torch.optim.AdamW(
-            self.master.parameters(), betas=(.9, s.beta2), weight_decay=s.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.master.parameters(), betas=(.9, s.beta2),
+                                           weight_decay=s.weight_decay, fused=True)
 
     @torch.no_grad()
     def refresh(self):
@@ -178,10 +174,7 @@ def tiny_start(settings):
 
 def warm_up(agent, learner):
     """For want of pretraining: next-token prediction on states of training maps, answered *uniformly at
-    random*.
-
-    It teaches to read and to speak, not to play: `evaluate` then measures both.
-    """
+    random*. It teaches to read and to speak, not to play: `evaluate` then measures both."""
     s, skip = learner.settings, len(agent.instructions)
     for i in range(s.warmup_steps):
         rng, rows = generator(s.seed, i), []
@@ -197,12 +190,9 @@ def warm_up(agent, learner):
 
 
 def evaluate(learner, name, greedy=True):
-    """Success on a scenario's held-out maps, a random player's and the optimal one's: printed, and a dict.
-
-    4x4 without slipping: each held-out map once, so a greedy figure is exact; `success` weights a map by its
-    probability, `unweighted` does not. Else `eval_episodes` episodes, the same every time, with half the
-    width of a 95 % interval.
-    """
+    """Success on held-out maps, a random player's and the optimal one's: printed, and returned as a dict.
+    4x4 without slipping: each held-out map once, so greedy figures are exact; `success` weights a map by its
+    probability. Else the same `eval_episodes` episodes every time; with half the width of a 95 % interval."""
     s, scenario, rng = learner.settings, SCENARIOS[name], generator(0)
     exact, n = scenario.size == 4 and scenario.success_rate == 1, s.eval_episodes
     maps, weights = frozenlake.held_out_maps(scenario) if exact else (
@@ -211,21 +201,18 @@ def evaluate(learner, name, greedy=True):
     episodes = msgrpo.play(learner.agent(lakes[0].instructions), lakes, greedy)
     success = np.array([episode.success for episode in episodes], float)
     mean, valid = float(weights @ success), [step.valid for episode in episodes for step in episode.steps]
-    optimal, uniform = weights @ np.array([lake.success_bounds() for lake in lakes])
+    optimal, uniform = (weights @ np.array([lake.success_bounds() for lake in lakes])).tolist()
     half = 0.0 if exact and greedy else 1.96 * (mean * (1 - mean) / len(maps)) ** .5
-    figures = {"success": mean, "half_interval": half, "unweighted": float(success.mean()),
-               "random": float(uniform), "optimal": float(optimal), "valid": sum(valid) / len(valid),
-               "episodes": len(maps)}
+    figures = {"success": mean, "half_interval": half, "unweighted": float(success.mean()), "random": uniform,
+               "optimal": optimal, "valid": sum(valid) / len(valid), "episodes": len(maps)}
     print(f"{name:12s}", *(f"{key} {value:<6.4g}" for key, value in figures.items()), flush=True)
     return figures
 
 
 def iterate(agent, learner, iteration, failed):
     """Play, compare, draw and learn once, the steps 1 to 6 of msgrpo.py; returns the iteration's metrics.
-
-    failed: the last 256 training maps on which an episode failed, kept up to date here. A group whose
-    episodes are all alike teaches nothing; so `replay` of the groups return to maps that are not yet solved.
-    """
+    failed: the last 256 training maps on which an episode failed, kept up to date here. A group whose episodes
+    are all alike teaches nothing; so `replay` of the groups return to maps that are not yet solved."""
     began, s, rng = time.perf_counter(), learner.settings, generator(learner.settings.seed, iteration, 0)
     old = min(len(failed), round(s.replay * s.groups))
     maps = [failed[i] for i in rng.permutation(len(failed))[:old]]
@@ -347,7 +334,7 @@ def play_one(learner, *_):
     agent = learner.agent(lake.instructions)
     print(f"\n{lake.instructions}\n")
     for step in msgrpo.play(agent, [lake], greedy=True)[0].steps:
-        print(f"{agent.decode(step.prompt)}{step.text}{'' if step.valid else '   (invalid: nothing moves)'}\n")
+        print(f"{agent.decode(step.prompt)}{step.text}{'' if step.valid else '  (invalid: no move)'}\n")
     print(f"{lake.observation()}\n{'reached' if lake.success else 'missed'} the goal in {lake.steps} steps\n")
 
 
@@ -359,8 +346,8 @@ TAKES = {"resume": set(), "eval": VIEW | {"eval_episodes"}, "play": VIEW | {"see
 
 def parse(argv):
     """(mode, its folder, {setting: value given}); ValueError on bad use."""
-    parser = argparse.ArgumentParser(None, None, __doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(None, None, __doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda reason: lm.ensure(False, reason)  # in one line, like all other errors
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--tiny", action="store_const", const=".", help="train a tiny model from nothing")
