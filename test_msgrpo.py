@@ -466,7 +466,8 @@ def test_cache_prefix_and_full_forward_agree(name, monkeypatch):
         steps[:] = [msgrpo.Step(*answer) for answer in agent.act("abacab", uniforms)]
         found = torch.tensor([logprob for step in steps for logprob in step.logprobs])
         torch.testing.assert_close(found, slowly()[0], atol=1e-5, rtol=0)
-        rows = [model(torch.tensor([[*prefix, *step.prompt, *step.response]]))[0, :-1, :size] for step in steps]
+        ids = [torch.tensor([[*prefix, *step.prompt, *step.response]]) for step in steps]
+        rows = [model(row)[0, :-1, :size] for row in ids]
         rows = [row[-len(step.response):] for row, step in zip(rows, steps)]
         best = [row.argmax(-1).tolist() == [*step.response] for row, step in zip(rows, steps)]
         assert all(best) == (uniforms is None)

@@ -108,7 +108,7 @@ def generator(*key):
 
 
 class Learner:
-    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and has gradients.
+    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and learns.
     An update of relative size 1e-6 vanishes in bfloat16. So a bfloat16 model is a copy that hands on its
     gradients as they come, and takes over the weights, which are what is saved, after each update."""
 
@@ -211,8 +211,8 @@ def evaluate(learner, name, greedy=True):
 
 def iterate(agent, learner, iteration, failed):
     """Play, compare, draw and learn once, the steps 1 to 6 of msgrpo.py; returns the iteration's metrics.
-    failed: the last 256 training maps on which an episode failed, kept up to date here. A group whose episodes
-    are all alike teaches nothing; so `replay` of the groups return to maps that are not yet solved."""
+    failed: the last 256 training maps on which an episode failed, kept up to date here. A group whose
+    episodes are all alike teaches nothing; so `replay` of the groups return to maps not yet solved."""
     began, s, rng = time.perf_counter(), learner.settings, generator(learner.settings.seed, iteration, 0)
     old = min(len(failed), round(s.replay * s.groups))
     maps = [failed[i] for i in rng.permutation(len(failed))[:old]]
