@@ -13,20 +13,17 @@ models.
 import functools
 import hashlib
 import itertools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 ACTIONS = ("left", "down", "right", "up")
 MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (row, column) of each action
-MAPS = {  # Gymnasium's two fixed maps
-    "4x4": ["SFFF", "FHFH", "FFFH", "HFFG"],
-    "8x8": ["SFFFFFFF", "FFFFFFFF", "FFFHFFFF", "FFFFFHFF", "FFFHFFFF", "FHHFFFHF", "FHFFHFHF", "FFFHFFFG"],
-}
+MAPS = {"4x4": "SFFF FHFH FFFH HFFG".split(),  # Gymnasium's two fixed maps
+        "8x8": "SFFFFFFF FFFFFFFF FFFHFFFF FFFFFHFF FFFHFFFF FHHFFFHF FHFFHFHF FFFHFFFG".split()}
 
 
-@dataclass(frozen=True)
-class Scenario:
+class Scenario(NamedTuple):
     """How lakes are drawn: board size, P(frozen) of a tile, P(moving as chosen), and steps in an episode."""
     size: int
     p: float
@@ -53,11 +50,8 @@ def solvable(desc):
 
 
 def random_map(size, p, rng):
-    """A solvable size x size map, each tile but the corners frozen with probability p; rng is a numpy
-    Generator.
-
-    Raises ValueError where no such map can be drawn: Gymnasium's generator would search for ever.
-    """
+    """A solvable size x size map, each tile but the corners frozen with probability p; rng: a numpy
+    Generator. ValueError where no such map can be drawn: Gymnasium's generator would search for ever."""
     if size < 2 or not 0 < p <= 1:
         raise ValueError(f"a random map needs size >= 2 and 0 < p <= 1, not size {size} and p {p}")
     for _ in range(100_000):
@@ -69,8 +63,7 @@ def random_map(size, p, rng):
 
 
 def is_held_out(desc):
-    """Is this map reserved for evaluation? An eighth is, by hash: another seed alone would draw the same maps
-    again."""
+    """Is this map reserved for evaluation? An eighth is, by hash: other seeds draw the same maps."""
     return hashlib.sha256("\n".join(desc).encode()).digest()[0] % 8 == 0
 
 
@@ -83,8 +76,7 @@ def draw_map(scenario, rng, held_out=False):
 
 @functools.cache
 def held_out_maps(scenario):
-    """Every held-out map of a 4x4 scenario, and the generator's probability of each among them (sums to
-    1)."""
+    """Every held-out map of a 4x4 scenario, and each one's share of the generator's probability."""
     boards = ["S" + "".join(tiles) + "G" for tiles in itertools.product("FH", repeat=14)]
     maps = [[board[i:i + 4] for i in (0, 4, 8, 12)] for board in boards]
     maps = [desc for desc in maps if is_held_out(desc) and solvable(desc)]
@@ -93,30 +85,21 @@ def held_out_maps(scenario):
     return maps, weights / weights.sum()
 
 
-@functools.lru_cache(8192)
-def success_bounds(desc, scenario):
-    """`FrozenLake.success_bounds` of a map (a tuple of rows) in a scenario."""
-    return FrozenLake(desc, scenario.success_rate, scenario.max_steps).success_bounds()
-
-
 @functools.lru_cache(65536)
 def render(tiles, columns, state, coordinates):
     """A state as a grid of symbols, with the positions of player, holes and goal above it or not."""
     cells = [{"H": "O", "G": "G"}.get(tile, "_") for tile in tiles]
     cells[state] = "P"
     grid = "\n".join(" ".join(cells[i:i + columns]) for i in range(0, len(cells), columns))
-    if not coordinates:
-        return grid
-    where = {symbol: ", ".join(f"({i // columns + 1}, {i % columns + 1})" for i, cell in enumerate(cells)
-                               if cell == symbol) or "none" for symbol in "POG"}
-    return f"(row, column) of you: {where['P']}; holes: {where['O']}; goal: {where['G']}\n{grid}"
+    at = {symbol: ", ".join(f"({i // columns + 1}, {i % columns + 1})" for i, cell in enumerate(cells)
+                            if cell == symbol) or "none" for symbol in "POG"}
+    where = f"(row, column) of you: {at['P']}; holes: {at['O']}; goal: {at['G']}\n"
+    return where + grid if coordinates else grid
 
 
 def parse_action(text):
     """psi: the action named between the last <action> and its </action>, or None where the text is invalid.
-
-    Exactly one of the four words counts: a search for substrings would read "right, then up" as a move.
-    """
+    Exactly one of the four words counts: a search for substrings would read "right, then up" as a move."""
     _, opened, rest = text.rpartition("<action>")
     word, closed, _ = rest.partition("</action>")
     word = word.strip().lower()
@@ -141,15 +124,13 @@ class FrozenLake:
             raise ValueError(f"a map is a rectangle of S, F, H and G with one S, not {desc}")
         if not 0 <= success_rate <= 1 or max_steps < 1:
             raise ValueError(f"success_rate {success_rate} is not in [0, 1] or max_steps {max_steps} below 1")
-        self.tiles, self.rows, self.columns = tiles, len(desc), len(desc[0])
-        self.success_rate, self.max_steps, self.rng = success_rate, max_steps, rng or np.random.default_rng()
-        self.invalid_penalty, self.step_cost = invalid_penalty, step_cost
-        self.coordinates, self.think = coordinates, think
-        self.state, self.steps, self.success = tiles.index("S"), 0, False
+        self.tiles, self.rows, self.columns, self.state = tiles, len(desc), len(desc[0]), tiles.index("S")
+        self.success_rate, self.max_steps, self.step_cost = success_rate, max_steps, step_cost
+        self.invalid_penalty, self.coordinates, self.think = invalid_penalty, coordinates, think
+        self.rng, self.steps, self.success = rng or np.random.default_rng(), 0, False
 
     def transitions(self, state, action):
-        """T and r: [(probability, next_state, reward, terminated), ...] of an action; goal and hole are
-        absorbing."""
+        """T and r: [(probability, next_state, reward, terminated), ...] of an action; goal, hole absorb."""
         if self.tiles[state] in "GH":
             return [(1.0, state, 0.0, True)]
         q, side, result = self.success_rate, (1 - self.success_rate) / 2, []
@@ -162,8 +143,7 @@ class FrozenLake:
         return result
 
     def step(self, text):
-        """Play an answer: (reward, done, valid). One uniform draw decides among the outcomes of a valid
-        action."""
+        """Play an answer: (reward, done, valid). One uniform draw decides where a valid action ends."""
         self.steps += 1
         action, reward, done = parse_action(text), -self.step_cost, False
         if action is None:
@@ -178,19 +158,15 @@ class FrozenLake:
 
     @property
     def instructions(self):
-        """What never changes in an episode, generated from the settings so that it cannot contradict the
-        game."""
+        """What never changes in an episode, made of the settings, lest it contradict the game."""
         q = self.success_rate
-        ice = "not slippery: you move as you choose." if q == 1 else (
-            f"slippery: you move as you choose with probability {q:.2f}, "
-            f"and to either side of it with probability {(1 - q) / 2:.2f} each.")
+        odds = f" with probability {q:.2f}, and to either side of it with probability {(1 - q) / 2:.2f} each"
+        ice = f"{'not slippery' if q == 1 else 'slippery'}: you move as you choose{'' if q == 1 else odds}."
         thoughts = "<think>your thoughts</think><plan>your plan</plan>" if self.think else ""
-        return (f"Cross the frozen lake to the goal without falling into a hole.\n"
-                f"The board has {self.rows} rows and {self.columns} columns. "
-                f"P is you, O is a hole, G is the goal, _ is ice.\n"
-                f"You move one cell a step and have {self.max_steps} steps. The border stops you. "
-                f"The ice is {ice}\n"
-                f"Answer with {thoughts}<action>WORD</action>, where WORD is left, down, right or up.")
+        return f"""Cross the frozen lake to the goal without falling into a hole.
+The board has {self.rows} rows and {self.columns} columns. P is you, O is a hole, G is the goal, _ is ice.
+You move one cell a step and have {self.max_steps} steps. The border stops you. The ice is {ice}
+Answer with {thoughts}<action>WORD</action>, where WORD is left, down, right or up."""
 
     def observation(self):
         """phi: the current state as text, and nothing of the past."""
@@ -199,17 +175,15 @@ class FrozenLake:
     def success_bounds(self):
         """P(goal within max_steps) from the start: (of the optimal policy, of a uniformly random one).
 
-        Finite-horizon value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s')
-        V(s')).
+        Value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
         """
-        n = len(self.tiles)
-        kernel = np.zeros((4, n, n))  # (action, state, next state)
-        for action, state in itertools.product(range(4), range(n)):
+        kernel = np.zeros((4, len(self.tiles), len(self.tiles)))  # (action, state, next state)
+        for action, state in np.ndindex(kernel.shape[:2]):
             for probability, target, _, _ in self.transitions(state, action):
                 kernel[action, state, target] += probability
         goal, alive = (np.array([tile in kind for tile in self.tiles], float) for kind in ("G", "SF"))
-        optimal = uniform = np.zeros(n)
+        optimal = uniform = 0 * goal
         for _ in range(self.max_steps):
             optimal = (kernel @ (goal + alive * optimal)).max(0)
             uniform = (kernel @ (goal + alive * uniform)).mean(0)
-        return float(optimal[self.state]), float(uniform[self.state])
+        return tuple(float(values[self.tiles.index("S")]) for values in (optimal, uniform))

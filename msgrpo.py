@@ -18,7 +18,9 @@ One iteration:
        `gamma` < 1 is our ablation, credit that fades with the distance from the end: gamma^(T_i - 1 - t) A_i.
     5. AAW: train on K of N episodes, drawn with P(i) = |A_i| / sum_j |A_j| [paper: more weight on large
        absolute advantages; this form, without replacement, is ours].
-    6. Ascend sum of min(rho A, clip(rho, 1 - eps, 1 + eps) A) / tokens, rho = p_theta / p_old per token.
+    6. Ascend sum of min(rho A, clip(rho, 1 - eps, 1 + eps) A) / tokens, rho = p_theta / p_old per token. An
+       entropy bonus counts only where rho is within the clip range: ours, since a bonus that is not clipped
+       can wreck the answers' form within one iteration.
 
 Left out of GRPO: the KL term (no reference model is held), a mean per sequence before the mean over sequences
 (it would weight tokens of short answers more), and a second normalisation after the draw. What is true of
@@ -67,8 +69,8 @@ class Policy(Protocol):
     max_new_tokens: int
 
     def act(self, observations: list[str], uniforms: np.ndarray | None) -> list[tuple]:
-        """Answer each observation: the first five fields of its Step. uniforms (observations, max_new_tokens) in
-        [0, 1) decide the samples; None is greedy."""
+        """Answer each observation: the first five fields of its Step. uniforms (observations, max_new_tokens)
+        in [0, 1) decide the samples; None: greedy."""
 
     def score(self, steps: list[Step]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities, with gradient, and entropies of all response tokens in order, each (tokens,)."""
@@ -86,10 +88,8 @@ class Episode:
 
 
 def play(policy, games, greedy=False):
-    """Play the games to their ends in lockstep, one batch of answers a step; ended ones leave: their episodes.
-
-    An episode's samples come from its game's own generator, so they do not depend on what else is played.
-    """
+    """The games' episodes, played to their ends in lockstep, one batch of answers a step; ended ones leave.
+    An episode's samples come from its game's own generator, so they do not depend on what else is played."""
     episodes = [Episode() for _ in games]
     live = list(zip(games, episodes))
     while live:
@@ -106,10 +106,8 @@ def play(policy, games, greedy=False):
 
 
 def episode_advantages(returns, normalize_std=True):
-    """A_i = (R_i - mean R) / (std R + 1e-6) over each group: returns (groups, G) -> (groups, G), float.
-
-    Population std. A group whose returns are all equal has exactly 0, whatever floating point makes of its mean.
-    """
+    """A_i = (R_i - mean R) / (std R + 1e-6) over each group, population std: returns (groups, G) -> (groups,
+    G). A group whose returns are all equal has exactly 0, whatever floating point makes of its mean."""
     returns = torch.as_tensor(returns, dtype=torch.float32)
     advantages = returns - returns.mean(1, keepdim=True)
     if normalize_std:
@@ -132,17 +130,13 @@ def aaw_probabilities(advantages):
 
 
 def draw_episodes(advantages, sampling, count, rng):
-    """Indices, ascending, of the episodes to train on: advantages (N,); rng a numpy Generator.
-
-    "aaw" draws count by `aaw_probabilities` without replacement, or as many as there are with A != 0; "uniform"
-    count of N whatever their A; "all" takes the N.
-    """
-    n, p = len(advantages), None
-    count = n if sampling == "all" else min(count, n)
-    if sampling == "aaw":
-        count = min(count, int((advantages != 0).sum()))
-        p = aaw_probabilities(advantages).numpy() if count else None
-    return sorted(rng.choice(n, count, replace=False, p=p).tolist())
+    """Indices, ascending, of the episodes to train on: advantages (N,); rng a numpy Generator. "aaw" draws
+    count by `aaw_probabilities`, or as many as there are with A != 0; "uniform" count of N whatever their A;
+    "all" N."""
+    most = int((advantages != 0).sum()) if sampling == "aaw" else len(advantages)
+    count = most if sampling == "all" else min(count, most)
+    p = aaw_probabilities(advantages).numpy() if sampling == "aaw" and count else None
+    return sorted(rng.choice(len(advantages), count, replace=False, p=p).tolist())
 
 
 def clipped_objective(logprobs, old_logprobs, advantages, clip):
@@ -164,9 +158,7 @@ def micro_batches(steps, budget):
 @torch.no_grad()
 def rescore(policy, episodes, budget=16384):
     """Replace the sampled log-probabilities by those of `policy.score`; returns the mean absolute difference.
-
-    For rollouts whose numerics are not those of training: a ratio must be 1 before the first update.
-    """
+    For rollouts whose numerics are not those of training: a ratio must be 1 before the first update."""
     gaps = []
     for batch in micro_batches([step for episode in episodes for step in episode.steps], budget):
         scored = iter(policy.score(batch)[0].tolist())
@@ -178,11 +170,8 @@ def rescore(policy, episodes, budget=16384):
 
 def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, entropy_coef=0.0, budget=16384):
     """Add the gradient of one update's loss to the parameters' .grad; returns means over its tokens, a dict.
-
-    The denominator is the number of response tokens of all these episodes, whatever their advantage, so the
-    split into micro-batches changes nothing; steps without credit cost no forward pass unless the entropy term
-    needs them.
-    """
+    The denominator is the number of response tokens of all these episodes, so the split into micro-batches
+    changes nothing; steps without credit cost no forward pass unless the entropy term needs them."""
     for episode, advantage in zip(episodes, advantages):
         for step, credit in zip(episode.steps, step_credit(episode, float(advantage), gamma)):
             step.credit = credit
@@ -191,16 +180,13 @@ def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, ent
     tokens, sums = sum(len(step.response) for step in steps), torch.zeros(4, dtype=torch.float64)
     for batch in micro_batches(scored, budget):
         logprobs, entropies = policy.score(batch)
-        old, credit = (torch.tensor(x, dtype=torch.float32, device=logprobs.device) for x in (
-            [logprob for step in batch for logprob in step.logprobs],
-            [step.credit for step in batch for _ in step.response]))
+        old = torch.tensor([x for step in batch for x in step.logprobs], device=logprobs.device)
+        credit = torch.tensor([step.credit for step in batch for _ in step.response], device=logprobs.device)
         objective, clipped = clipped_objective(logprobs, old, credit, clip)
-        near = (logprobs.detach() - old).abs() <= math.log1p(clip)  # the bonus, too, goes no further than this
-        loss = -(objective + entropy_coef * near * entropies).sum() / tokens
+        gap = (logprobs.detach() - old).abs()
+        loss = -(objective + entropy_coef * (gap <= math.log1p(clip)) * entropies).sum() / tokens
         loss.backward()
-        gap = (logprobs - old).abs().sum()
-        sums += torch.stack([loss * tokens, entropies.sum(), clipped.sum(), gap]).detach().cpu()
-    loss, *others = sums.tolist()
-    means = [x / max(1, sum(len(step.response) for step in scored)) for x in others]
-    return {"loss": loss / max(1, tokens), "tokens": tokens,
-            **dict(zip(("entropy", "clip_share", "logprob_gap"), means))}
+        sums += torch.stack([loss * tokens, entropies.sum(), clipped.sum(), gap.sum()]).detach().cpu()
+    n = sum(len(step.response) for step in scored)
+    means = [total / max(1, count) for total, count in zip(sums.tolist(), (tokens, n, n, n))]
+    return dict(zip(("loss", "entropy", "clip_share", "logprob_gap"), means)) | {"tokens": tokens}

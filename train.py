@@ -1,5 +1,4 @@
-"""Train a language model to cross frozen lakes by MS-GRPO, evaluate it on lakes it has never seen, watch it
-play.
+"""Train a language model to cross frozen lakes by MS-GRPO, evaluate it on unseen ones, watch it play.
 
     python train.py --tiny                      a transformer from nothing, on a laptop's CPU
     python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama in Hugging Face's format
@@ -11,10 +10,8 @@ A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.
 what was drawn before: a resumed run goes on bit for bit.
 """
 import argparse
-import functools
-import itertools
+import copy
 import json
-import math
 import resource
 import signal
 import sys
@@ -30,28 +27,29 @@ import model as lm
 import msgrpo
 from frozenlake import SCENARIOS, FrozenLake
 
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAST_BFLOAT16 = DEVICE != "cpu" or torch.cpu._is_avx512_bf16_supported()  # other CPUs emulate it
+# Other CPUs than these emulate bfloat16.
+DTYPE = "bfloat16" if DEVICE != "cpu" or torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
-def setting(default, text, low=0, high=math.inf, choices=None):
+def setting(default, text, low=0, high=np.inf, choices=()):
     return field(default=default, metadata={"help": text, "range": (low, high, choices)})
 
 
 @dataclass
 class Settings:
-    """All settings of a run. Defaults are for pretrained models of some billion parameters: [author] marks those
-    of the later public trainer of the paper's first author, [paper] those of its abstract; the rest is ours."""
+    """All settings of a run. Defaults are for pretrained models of some billion parameters: [author] marks
+    those of the later public trainer of the paper's first author, [paper] those of its abstract; the rest is
+    ours."""
     checkpoint: str = setting("", "pretrained model's directory; empty: the tiny model")
     seed: int = setting(0, "of everything random")
     iterations: int = setting(700, "times to play and learn [paper]", 1)
-    scenario: str = setting("noslip", "lakes to train on", choices=tuple(SCENARIOS))
+    scenario: str = setting("noslip", f"lakes to train on: {', '.join(SCENARIOS)}", choices=tuple(SCENARIOS))
     groups: int = setting(2, "groups an iteration, each on its own map [author]", 1)
     group_size: int = setting(16, "episodes a group, all from the same start [author]", 2)
     replay: float = setting(0.0, "share of groups on maps where an episode failed when last played", 0, 1)
-    explore: bool = setting(False, "fill AAW's draw, where it has too few, with lost groups' episodes, for their entropy")
-    sampling: str = setting("aaw", "which episodes to train on", choices=("aaw", "uniform", "all"))
+    explore: bool = setting(False, "fill AAW's draw with lost groups' episodes, for their entropy")
+    sampling: str = setting("aaw", "of episodes: aaw, uniform or all", choices=("aaw", "uniform", "all"))
     keep: float = setting(.5, "share of the episodes that aaw and uniform draw", 1e-9, 1)
     update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
     gamma: float = setting(1.0, "credit per step of distance from the end; 1 is MS-GRPO [paper]", 0, 1)
@@ -72,8 +70,7 @@ class Settings:
     step_cost: float = setting(0.0, "taken off at every step")
     micro_batch_tokens: int = setting(16384, "tokens of one forward and backward pass, about", 1)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
-    dtype: str = setting("bfloat16" if FAST_BFLOAT16 else "float32", "of forward passes, here",
-                         choices=("float32", "bfloat16"))
+    dtype: str = setting(DTYPE, "of passes here, float32 or bfloat16", choices=("float32", "bfloat16"))
     device: str = setting(DEVICE, "of the model, here")
     threads: int = setting(torch.get_num_threads(), "of the CPU, here; sums depend on it", 1)
     checkpoint_every: int = setting(20, "iterations between states to resume from", 1)
@@ -84,10 +81,9 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             value, (low, high, choices) = getattr(self, f.name), f.metadata["range"]
-            kinds = (int, float) if f.type is float else (f.type,)  # to isinstance, True is an int
-            good = type(value) in kinds and value in (choices or [value])
-            lm.ensure(good and (f.type in (str, bool) or low <= value <= high),
-                      f"--{f.name.replace('_', '-')} {value} is not {choices or f'in [{low}, {high}]'}")
+            good = type(value) in ((int, float) if f.type is float else (f.type,))  # True is no number here
+            good = good and (value in choices if choices else f.type in (str, bool) or low <= value <= high)
+            lm.ensure(good, f"--{f.name} {value} is not {choices or f'in [{low}, {high}]'}")
 
     def lake(self, desc, *key, scenario=None):
         """The game on one map, with this run's text and rewards; its random numbers follow from the key."""
@@ -98,14 +94,13 @@ class Settings:
 
 TINY = dict(  # what differs for a model that is born here, and why
     iterations=200, groups=64, group_size=32, update_episodes=64,  # from nothing it takes more
-    replay=.5,  # soon most groups are all alike, and teach nothing
-    explore=True,  # soon the policy is sure of what it does on the last maps that it always fails
-    normalize_std=False,  # the std blows up groups that are nearly all alike, and soon all are
+    # Soon most groups are all alike and teach nothing, the policy is sure of what it does on the last maps
+    # that it always fails, and the std blows up groups that are nearly all alike.
+    replay=.5, explore=True, normalize_std=False,
     entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty the answers' form
-    learning_rate=1e-3, final_learning_rate=.05, weight_decay=0.0, temperature=1.0,
-    beta2=.99, grad_clip=.1,  # gradients grow tenfold when the model begins to look at the map
-    max_new_tokens=3,  # <action>, a word, </action>
-    dtype="float32", device="cpu", threads=1, warmup_steps=250)
+    # Gradients grow tenfold when the model begins to look at the map.
+    learning_rate=1e-3, final_learning_rate=.05, beta2=.99, grad_clip=.1, weight_decay=0.0,
+    temperature=1.0, max_new_tokens=3, dtype="float32", device="cpu", threads=1, warmup_steps=250)
 
 
 def generator(*key):
@@ -114,30 +109,24 @@ def generator(*key):
 
 
 class Learner:
-    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and has gradients.
-
-    An update of relative size 1e-6 vanishes in bfloat16: what is trained and saved is float32. A bfloat16 model
-    is a copy that takes the weights over after each update, and hands on each gradient as soon as it is there.
-    """
+    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and learns.
+    An update of relative size 1e-6 vanishes in bfloat16. So a bfloat16 model is a copy that hands on its
+    gradients as they come, and takes over the weights, which are what is saved, after each update."""
 
     def __init__(self, settings):
         self.settings = s = settings
         torch.set_num_threads(s.threads)
-        with lm.blaming(f"--device {s.device}"):
-            torch.empty(0, device=s.device)
-        master, self.tokenizer = lm.load_pretrained(s.checkpoint) if s.checkpoint else tiny_start(s)
+        model, self.tokenizer = lm.load_pretrained(s.checkpoint) if s.checkpoint else tiny_start(s)
         lm.ensure(self.tokenizer, f"{s.checkpoint} has no tokenizer.json: there is no text without one")
-        self.master = self.model = master.to(s.device)
+        with lm.blaming(f"--device {s.device}"):
+            self.master = self.model = model.to(s.device)
         if s.dtype != "float32":
-            with torch.device("meta"):
-                self.model = lm.Transformer(master.config).to(getattr(torch, s.dtype))
-            self.model.to_empty(device=s.device)
-            for weight, low in zip(master.parameters(), self.model.parameters()):
-                low.register_post_accumulate_grad_hook(functools.partial(hand_on_gradient, weight))
+            self.model = copy.deepcopy(model).to(getattr(torch, s.dtype))
+            for weight, low in zip(self.master.parameters(), self.model.parameters()):
+                low.register_post_accumulate_grad_hook(lambda low, weight=weight: hand_on(low, weight))
         self.model.recompute = s.recompute
-        self.optimizer = torch.optim.AdamW(master.parameters(), betas=(.9, s.beta2),
+        self.optimizer = torch.optim.AdamW(self.master.parameters(), betas=(.9, s.beta2),
                                            weight_decay=s.weight_decay, fused=True)
-        self.refresh()
 
     @torch.no_grad()
     def refresh(self):
@@ -147,7 +136,7 @@ class Learner:
     def update(self, learning_rate):
         """A step of AdamW on the gradients; returns their norm. Where that is not finite, nothing changes."""
         norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip).item()
-        if math.isfinite(norm):
+        if np.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = learning_rate
             self.optimizer.step()
             self.refresh()
@@ -157,11 +146,11 @@ class Learner:
     def agent(self, instructions):
         """The policy of the weights as they are, which reads these instructions before every state."""
         s = self.settings
-        return lm.LanguageAgent(self.model, self.tokenizer, instructions, s.temperature,
-                                s.max_new_tokens or (256 if s.think else 16), s.think)
+        limit = s.max_new_tokens or (256 if s.think else 16)
+        return lm.LanguageAgent(self.model, self.tokenizer, instructions, s.temperature, limit, s.think)
 
 
-def hand_on_gradient(weight, low):
+def hand_on(low, weight):
     """Add the gradient of a bfloat16 parameter to that of its float32 weight, and free it."""
     weight.grad = low.grad.float() if weight.grad is None else weight.grad.add_(low.grad)
     low.grad = None
@@ -171,8 +160,7 @@ def tiny_start(settings):
     """A new tiny model and its tokenizer, whose words are the game's."""
     texts = ["P _ O G\n_ \nP \nO \nG ", *(f"<action>{word}</action>" for word in frozenlake.ACTIONS)]
     for name, s in SCENARIOS.items():
-        desc = ["S" + "G" * (s.size - 1), *["G" * s.size] * (s.size - 1)]
-        texts.append(settings.lake(desc, scenario=name).instructions)
+        texts.append(settings.lake(frozenlake.random_map(s.size, 1, generator()), scenario=name).instructions)
     tokenizer = lm.tiny_tokenizer(texts, "</action>")
     model = lm.Transformer(lm.Config(
         "llama", tokenizer.size, hidden_size=48, intermediate_size=96, num_hidden_layers=3,
@@ -186,10 +174,8 @@ def tiny_start(settings):
 
 
 def warm_up(agent, learner):
-    """For want of pretraining: next-token prediction on states of training maps, answered *uniformly at random*.
-
-    It teaches to read and to speak, not to play: `evaluate` then measures both.
-    """
+    """For want of pretraining: next-token prediction on states of training maps, answered *uniformly at
+    random*. It teaches to read and to speak, not to play: `evaluate` then measures both."""
     s, skip = learner.settings, len(agent.instructions)
     for i in range(s.warmup_steps):
         rng, rows = generator(s.seed, i), []
@@ -205,12 +191,9 @@ def warm_up(agent, learner):
 
 
 def evaluate(learner, name, greedy=True):
-    """Success on a scenario's held-out maps, beside that of a random and of the optimal player, as a dict.
-
-    4x4 without slipping: each held-out map once, so a greedy figure is exact; `success` weights a map by its
-    probability, `unweighted` does not. Else `eval_episodes` episodes, the same every time, with half the width of
-    a 95 % interval.
-    """
+    """Success on held-out maps, a random player's and the optimal one's: printed, and returned as a dict.
+    4x4 without slipping: each held-out map once, so greedy figures are exact; `success` weights a map by its
+    probability. Else the same `eval_episodes` episodes every time; with half the width of a 95 % interval."""
     s, scenario, rng = learner.settings, SCENARIOS[name], generator(0)
     exact, n = scenario.size == 4 and scenario.success_rate == 1, s.eval_episodes
     maps, weights = frozenlake.held_out_maps(scenario) if exact else (
@@ -219,101 +202,97 @@ def evaluate(learner, name, greedy=True):
     episodes = msgrpo.play(learner.agent(lakes[0].instructions), lakes, greedy)
     success = np.array([episode.success for episode in episodes], float)
     mean, valid = float(weights @ success), [step.valid for episode in episodes for step in episode.steps]
-    optimal, uniform = weights @ np.array([frozenlake.success_bounds(tuple(desc), scenario) for desc in maps])
-    return {"success": mean, "unweighted": float(success.mean()), "valid": sum(valid) / len(valid),
-            "half_interval": 0.0 if exact and greedy else 1.96 * math.sqrt(mean * (1 - mean) / len(maps)),
-            "episodes": len(maps), "random": float(uniform), "optimal": float(optimal)}
+    optimal, uniform = (weights @ np.array([lake.success_bounds() for lake in lakes])).tolist()
+    half = 0.0 if exact and greedy else 1.96 * (mean * (1 - mean) / len(maps)) ** .5
+    figures = {"success": mean, "half_interval": half, "unweighted": float(success.mean()), "random": uniform,
+               "optimal": optimal, "valid": sum(valid) / len(valid), "episodes": len(maps)}
+    print(f"{name:12s}", *(f"{key} {value:<6.4g}" for key, value in figures.items()), flush=True)
+    return figures
 
 
 def iterate(agent, learner, iteration, failed):
     """Play, compare, draw and learn once, the steps 1 to 6 of msgrpo.py; returns the iteration's metrics.
-
-    failed: the last 256 training maps on which an episode failed, kept up to date here. A group whose episodes
-    are all alike teaches nothing; so `replay` of the groups return to maps that are not yet solved.
-    """
-    began, s = time.perf_counter(), learner.settings
-    rng = generator(s.seed, iteration, 0)
+    failed: the last 256 training maps on which an episode failed, kept up to date here. A group whose
+    episodes are all alike teaches nothing; so `replay` of the groups return to maps not yet solved."""
+    began, s, rng = time.perf_counter(), learner.settings, generator(learner.settings.seed, iteration, 0)
     old = min(len(failed), round(s.replay * s.groups))
     maps = [failed[i] for i in rng.permutation(len(failed))[:old]]
     maps += [frozenlake.draw_map(SCENARIOS[s.scenario], rng) for _ in range(s.groups - old)]
-    games = [s.lake(desc, s.seed, iteration, i, j) for i, desc in enumerate(maps) for j in range(s.group_size)]
+    games = [s.lake(maps[i], s.seed, iteration, i, j) for i in range(s.groups) for j in range(s.group_size)]
     agent.refresh()
     episodes = msgrpo.play(agent, games)
     returns = torch.tensor([episode.total_reward for episode in episodes]).view(s.groups, -1)
+    success = np.array([episode.success for episode in episodes]).reshape(s.groups, -1)
     advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
     count = max(1, round(s.keep * len(episodes)))
     drawn = msgrpo.draw_episodes(advantages, s.sampling, count, rng)
-    success = np.array([episode.success for episode in episodes]).reshape(s.groups, -1)
-    lost = np.flatnonzero(np.repeat(~success.any(1), s.group_size) & (advantages == 0).numpy())
-    chosen = rng.permutation([*drawn, *rng.permutation(lost)[:s.explore * max(0, count - len(drawn))]]).astype(int)
+    lost = np.repeat(~success.any(1), s.group_size) & (advantages == 0).numpy()
+    lost = rng.permutation(np.flatnonzero(lost))[:s.explore * max(0, count - len(drawn))]
+    chosen = rng.permutation([*drawn, *lost]).astype(int)
 
-    rate = s.learning_rate * min(1, iteration / 10) * (  # a ramp, as Adam knows little at first; a decay
-        1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate))
-    gap = None if s.dtype == "float32" else msgrpo.rescore(
-        agent, [episodes[i] for i in chosen], s.micro_batch_tokens)
-    updates = []
+    decay = 1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate)
+    rate = s.learning_rate * min(1, iteration / 10) * decay  # a ramp first: Adam knows little yet
+    budget, updates = s.micro_batch_tokens, []
+    gap = None if s.dtype == "float32" else msgrpo.rescore(agent, [episodes[i] for i in chosen], budget)
     for part in np.array_split(chosen, max(1, round(len(chosen) / s.update_episodes))) if len(chosen) else ():
-        update = msgrpo.accumulate_gradient(
-            agent, [episodes[i] for i in part], advantages[part], clip=s.clip, gamma=s.gamma,
-            entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens)
-        if update["logprob_gap"] > s.max_gap:  # far enough from the policy that played
+        means = msgrpo.accumulate_gradient(agent, [episodes[i] for i in part], advantages[part], clip=s.clip,
+                                           gamma=s.gamma, entropy_coef=s.entropy_coef, budget=budget)
+        if means["logprob_gap"] > s.max_gap:  # far enough from the policy that played
             learner.optimizer.zero_grad()
             break
-        updates.append(update | {"grad_norm": learner.update(rate)})
+        updates.append(means | {"grad_norm": learner.update(rate)})
 
     failed[:] = [desc for desc in failed if desc not in maps]
     failed[:] = (failed + [desc for desc, solved in zip(maps, success.all(1)) if not solved])[-256:]
     steps, trained = [step for episode in episodes for step in episode.steps], [u["tokens"] for u in updates]
-    tokens = {"generated_tokens": sum(len(step.response) for step in steps), "trained_tokens": sum(trained)}
-    return {
-        "iteration": iteration, "success": success[old:].mean() if old < s.groups else None,
-        "return": returns.mean(), "steps": len(steps) / len(episodes),
+    generated = sum(len(step.response) for step in steps)
+    of_updates = {key: np.average([update[key] for update in updates], weights=trained) if updates else None
+                  for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")}
+    return of_updates | {
         **{key: np.mean([getattr(step, key) for step in steps]) for key in ("valid", "truncated")},
-        **{key: np.average([update[key] for update in updates], weights=trained) if updates else None
-           for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")},
-        "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean(),
-        "groups_without_success": 1 - success.any(1).mean(), "replayed_groups": old, "updates": len(updates),
-        "drawn_episodes": len(drawn), "trained_episodes": (advantages[drawn] != 0).sum(), "learning_rate": rate,
-        "rollout_logprob_gap": gap, **tokens,
-        "tokens_per_second": sum(tokens.values()) / (time.perf_counter() - began)}
+        "iteration": iteration, "success": success[old:].mean() if old < s.groups else None,
+        "return": returns.mean(), "steps": len(steps) / len(episodes), "updates": len(updates),
+        "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean(), "replayed_groups": old,
+        "groups_without_success": 1 - success.any(1).mean(), "drawn_episodes": len(drawn),
+        "trained_episodes": (advantages[drawn] != 0).sum(), "learning_rate": rate, "rollout_logprob_gap": gap,
+        "generated_tokens": generated, "trained_tokens": sum(trained),
+        "tokens_per_second": (generated + sum(trained)) / (time.perf_counter() - began)}
 
 
 def progress_line(metrics, iterations):
     """An iteration in one line that a person can follow."""
-    m, number = {key: "-" if x is None else f"{x:.3f}" for key, x in metrics.items()}, metrics["iteration"]
-    times = metrics["seconds"], metrics["seconds"] / number * (iterations - number)
-    gone, left = (f"{int(seconds) // 60}:{int(seconds) % 60:02d}" for seconds in times)
+    m, i, seconds = metrics, metrics["iteration"], metrics["seconds"]
     shown = "success return steps valid truncated entropy zero_variance_groups clip_share grad_norm".split()
-    return "  ".join([f"{number:4d}/{iterations}", *(f"{key.split('_')[0]} {m[key]}" for key in shown),
-                      f"{metrics['tokens_per_second']:,.0f} tokens/s  {gone} gone, {left} left"])
+    shown = [f"{key.split('_')[0]} {np.nan if m[key] is None else m[key]:.3f}" for key in shown]
+    shown += [f"{m['tokens_per_second']:,.0f} tokens/s", f"{seconds:.0f} s gone"]
+    return "  ".join([f"{i:4d}/{iterations}", *shown, f"{seconds / i * (iterations - i):.0f} s left"])
 
 
-def write_text(path, text):
+def write(path, content):
+    """Put a text, or what torch.save takes, in the place of the file at path: as a whole or not at all."""
     with lm.replacing(path) as file:
-        file.write(text.encode())
+        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
 
 
-def train(out, learner):
+def train(learner, out):
     """Train to the last iteration, from state.pt where there is one; evaluate, save the model and sum up."""
-    s, clock, path, stop = learner.settings, time.perf_counter(), out / "state.pt", []
-    agent = learner.agent(s.lake(frozenlake.MAPS["4x4"]).instructions)
+    s, path, clock, stop = learner.settings, out / "state.pt", time.perf_counter(), []
+    agent = learner.agent(s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], generator())).instructions)
+    parts = {"model": learner.master, "optimizer": learner.optimizer}
     if path.exists():
         with lm.blaming(path):
             state = torch.load(path, weights_only=True, map_location="cpu")
-            learner.master.load_state_dict(state["model"])
-            learner.optimizer.load_state_dict(state["optimizer"])
+            for name, part in parts.items():
+                part.load_state_dict(state.pop(name))
         learner.refresh()
         print(f"going on after iteration {len(state['history'])} of {s.iterations}")
     else:
         warm_up(agent, learner)
-        before = evaluate(learner, "noslip", greedy=False)
-        state = {"before": before, "failed": [], "history": []}
-        print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; before training, sampled on "
-              f"held-out maps: success {before['success']:.4f} (a random player {before['random']:.4f}), "
-              f"well-formed answers {before['valid']:.4f}", flush=True)
-    history, log = state["history"], out / "metrics.jsonl"  # its lines
+        print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; untrained, sampled:")
+        state = {"before": evaluate(learner, "noslip", greedy=False), "failed": [], "history": []}
+    history = state["history"]  # the lines of metrics.jsonl
     clock -= json.loads(history[-1])["seconds"] if history else 0
-    write_text(log, "".join(history))  # what came later comes again
+    write(out / "metrics.jsonl", "".join(history))  # what came later comes again
 
     def interrupt(*_):
         signal.signal(signal.SIGINT, handler)
@@ -326,52 +305,41 @@ def train(out, learner):
             metrics |= {"unseen_success": now["success"], "unseen_success_unweighted": now["unweighted"]}
         metrics["seconds"] = time.perf_counter() - clock
         history.append(json.dumps(metrics, default=float) + "\n")
-        with open(log, "a") as file:
-            file.write(history[-1])
+        write(out / "metrics.jsonl", "".join(history))
         print(progress_line(metrics, s.iterations), flush=True)
         if stop or iteration % s.checkpoint_every == 0 or iteration == s.iterations:
-            with lm.replacing(path) as file:
-                torch.save(state | {"model": learner.master.state_dict(),
-                                    "optimizer": learner.optimizer.state_dict()}, file)
+            write(path, state | {name: part.state_dict() for name, part in parts.items()})
         if stop:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, handler)
     lm.save_pretrained(out / "model", learner.master, learner.tokenizer)
     scenarios = evaluate_all(learner)
-    unseen = scenarios["noslip"]
-    totals = {key: sum(json.loads(line)[key] for line in history) for key in ("generated_tokens", "trained_tokens")}
-    write_text(out / "summary.json", json.dumps({
+    unseen, log = scenarios["noslip"], [json.loads(line) for line in history]
+    write(out / "summary.json", json.dumps({
         "unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"],
-        "random_success": unseen["random"], "optimal_success": unseen["optimal"], "seed": s.seed,
-        "seconds": time.perf_counter() - clock, "iterations": s.iterations, **totals, "before": state["before"],
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "scenarios": scenarios}))
+        "random_success": unseen["random"], "optimal_success": unseen["optimal"], "scenarios": scenarios,
+        "before": state["before"], "seed": s.seed, "iterations": s.iterations,
+        **{key: sum(metrics[key] for metrics in log) for key in ("generated_tokens", "trained_tokens")},
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "seconds": time.perf_counter() - clock}))
     play_one(learner)
     print(f"{time.perf_counter() - clock:.0f} s; see {out / 'summary.json'}, the model is in {out / 'model'}")
 
 
-def evaluate_all(learner):
-    """Evaluate every scenario and print a table; returns {scenario: figures}."""
-    print("scenario     success         unweighted  valid  random  optimal  (held-out maps, greedy)")
-    results = {}
-    for name in SCENARIOS:
-        r = results[name] = evaluate(learner, name)
-        print(f"{name:12s} {r['success']:.4f} ±{r['half_interval']:.4f}  {r['unweighted']:.4f}      "
-              f"{r['valid']:.3f}  {r['random']:.4f}  {r['optimal']:.4f}   {r['episodes']} episodes", flush=True)
-    return results
+def evaluate_all(learner, *_):
+    """Evaluate every scenario, greedily: {scenario: figures}."""
+    return {name: evaluate(learner, name) for name in SCENARIOS}
 
 
-def play_one(learner):
+def play_one(learner, *_):
     """Show one greedy episode on a held-out map, chosen by the seed, move by move."""
     s = learner.settings
-    desc = frozenlake.draw_map(SCENARIOS[s.scenario], generator(s.seed), held_out=True)
-    lake = s.lake(desc, s.seed)
+    lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], generator(s.seed), held_out=True), s.seed)
     agent = learner.agent(lake.instructions)
     print(f"\n{lake.instructions}\n")
     for step in msgrpo.play(agent, [lake], greedy=True)[0].steps:
-        note = "" if step.valid else "   (invalid: nothing moves)"
-        print(f"{agent.decode(step.prompt)}{step.text}{note}\n")
-    end = "reached" if lake.success else "did not reach"
-    print(f"{lake.observation()}\n{end} the goal in {lake.steps} steps\n")
+        print(f"{agent.decode(step.prompt)}{step.text}{'' if step.valid else '  (invalid: no move)'}\n")
+    print(f"{lake.observation()}\n{'reached' if lake.success else 'missed'} the goal in {lake.steps} steps\n")
 
 
 MODES = {"checkpoint": "train a pretrained model, or go on from a run's", "resume": "go on with a run",
@@ -381,67 +349,60 @@ TAKES = {"resume": set(), "eval": VIEW | {"eval_episodes"}, "play": VIEW | {"see
 
 
 def parse(argv):
-    """(mode, its folder, out or None, {setting: value given}); ValueError on bad use."""
+    """(mode, its folder, {setting: value given}); ValueError on bad use."""
     parser = argparse.ArgumentParser(None, None, __doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = functools.partial(lm.ensure, False)  # in one line, like all other errors
+    parser.error = lambda reason: lm.ensure(False, reason)  # in one line, like all other errors
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--tiny", action="store_const", const=".", help="train a tiny model from nothing")
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", metavar="DIR", help=text)
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: a new one under runs/)")
     for f in fields(Settings)[1:]:
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
-            "type": f.type, "choices": f.metadata["range"][2], "metavar": f.type.__name__.upper()}
-        tiny = f", tiny {TINY[f.name]}" if f.name in TINY else ""
-        text = f"{f.metadata['help']} (default {f.default}{tiny})"
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        text = f"{f.metadata['help']} (default {f.default}, tiny {TINY.get(f.name, f.default)})"
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, **kind)
     given = vars(parser.parse_args(argv))
-    mode = next(mode for mode in ("tiny", *MODES) if mode in given)
-    folder = given.pop(mode)
-    wrong = sorted(given.keys() - TAKES.get(mode, given.keys()))
-    lm.ensure(not wrong, f"--{mode} takes no --{''.join(wrong[:1]).replace('_', '-')}")
-    return mode, Path(folder), given.pop("out", None), given
+    mode, folder = next((mode, Path(given.pop(mode))) for mode in ("tiny", *MODES) if mode in given)
+    for name in given.keys() - TAKES.get(mode, given.keys()):
+        parser.error(f"--{mode} takes no --{name.replace('_', '-')}")
+    return mode, folder, given
 
 
-def run(argv):
+def run(mode, folder, given):
     """One command. Raises ValueError or OSError, with a message of one line, on bad input."""
-    mode, folder, out, given = parse(argv)
-    s, path = Settings(**TINY) if mode == "tiny" else Settings(), folder / "settings.json"
-    if mode == "resume" or mode in TAKES and path.exists():
-        with lm.blaming(path):
-            s = Settings(**lm.parse_json(path.read_bytes()))
-    if mode == "resume":
-        done = (folder / "summary.json").exists()
-        return print(f"{folder} is complete: see its summary.json") if done else train(folder, Learner(s))
-    if mode != "tiny":
-        found = [str(home) for home in (folder / "model", folder) if (home / "config.json").is_file()]
-        lm.ensure(found, f"{folder} is neither a run with a model nor a model: it has no config.json")
-        given["checkpoint"] = found[0]
-    learner = Learner(replace(s, **given))  # before the folder is made: what cannot start leaves none
+    settings, out = Settings(**TINY if mode == "tiny" else {}), given.pop("out", None)
+    if mode == "resume" or mode in TAKES and (folder / "settings.json").exists():
+        with lm.blaming(folder / "settings.json"):
+            settings = Settings(**lm.parse_json((folder / "settings.json").read_bytes()))
+    if mode == "resume" and (folder / "summary.json").exists():
+        return print(f"{folder} is complete: see its summary.json")
+    if mode not in ("tiny", "resume"):
+        home = folder / "model" if (folder / "model").is_dir() else folder
+        lm.ensure((home / "config.json").is_file(), f"{home} is neither a run nor a model: no config.json")
+        given["checkpoint"] = str(home)
+    learner = Learner(replace(settings, **given))  # before the folder is made: what cannot start leaves none
     if mode in TAKES:
-        return (evaluate_all if mode == "eval" else play_one)(learner)
-    out = Path(out or next(n for n in (f"runs/{i:04d}" for i in itertools.count(1)) if not Path(n).exists()))
-    used = out.is_dir() and any(out.iterdir())
-    lm.ensure(not used, f"{out} is not empty: --resume {out}, or choose another --out")
+        return {"resume": train, "eval": evaluate_all, "play": play_one}[mode](learner, folder)
+    out = Path(out or next(f"runs/{i:04d}" for i in range(1, 9999) if not Path(f"runs/{i:04d}").exists()))
+    lm.ensure(not (out.is_dir() and any(out.iterdir())), f"{out} is not empty: --resume it, or another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "settings.json", json.dumps(asdict(learner.settings), indent=2) + "\n")
+    write(out / "settings.json", json.dumps(asdict(learner.settings), indent=2) + "\n")
     print(f"this run is {out}; if it is stopped, go on with: python train.py --resume {out}", flush=True)
-    train(out, learner)
+    train(learner, out)
 
 
 def main(argv=None):
     """The command line: 0 for success, 2 for bad use or input, 130 where it was interrupted."""
     try:
-        run(argv)
+        run(*parse(argv))
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        error = ValueError("out of memory: lower --micro-batch-tokens, --groups or --group-size, or set --recompute; "
-                           "results/memory.py computes what a run needs")
+        error = "out of memory: lower --micro-batch-tokens or --group-size; results/memory.py tells the need"
     except (ValueError, OSError, KeyboardInterrupt) as caught:
-        error = caught
-    print(f"train.py: {str(error) or 'interrupted'}", file=sys.stderr)
-    return 130 if isinstance(error, KeyboardInterrupt) else 2
+        error = str(caught) or "interrupted"
+    print(f"train.py: {error}", file=sys.stderr)
+    return 130 if error == "interrupted" else 2
 
 
 if __name__ == "__main__":
