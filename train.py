@@ -228,7 +228,8 @@ def iterate(agent, learner, iteration, failed):
     drawn = msgrpo.draw_episodes(advantages, s.sampling, count, rng)
     lost = np.repeat(~success.any(1), s.group_size) & (advantages == 0).numpy()
     lost = rng.permutation(np.flatnonzero(lost))[:s.explore * max(0, count - len(drawn))]
-    chosen = rng.permutation([*drawn, *lost]).astype(int)
+    # An update sees some episodes of each of many groups; those of a group side by side share their states.
+    chosen = np.array(sorted([*drawn, *lost], key=lambda i: (i % s.group_size // 8, i)), int)
 
     decay = 1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate)
     rate = s.learning_rate * min(1, iteration / 10) * decay  # a ramp first: Adam knows little yet
