@@ -632,8 +632,9 @@ def load_pretrained(directory, dtype=torch.float32):
     return model, tokenizer
 
 
-def save_pretrained(directory, model, tokenizer):
-    """Write a directory that load_pretrained, transformers and vLLM read; tokenizer may be None.
+def save_pretrained(directory, model, tokenizer, weights=None):
+    """Write a directory that load_pretrained, transformers and vLLM read; tokenizer may be None, weights be
+    given instead of the model's own.
 
     The files that the model was loaded with are carried over. All are complete beside their places before the
     first takes its own, so an interruption leaves an earlier checkpoint whole.
@@ -650,7 +651,7 @@ def save_pretrained(directory, model, tokenizer):
     with contextlib.ExitStack() as stack:
         for name, data in files.items():
             stack.enter_context(replacing(directory / name)).write(data)
-        write_safetensors(directory / "model.safetensors", model.state_dict())
+        write_safetensors(directory / "model.safetensors", weights or model.state_dict())
     shards = [path.name for path in directory.glob("model-*-of-*.safetensors")]
     for name in {*shards, *SIDE_FILES, "model.safetensors.index.json"} - files.keys():
         (directory / name).unlink(missing_ok=True)

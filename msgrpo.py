@@ -168,25 +168,30 @@ def rescore(policy, episodes, budget=16384):
     return sum(gaps) / max(1, len(gaps))
 
 
-def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, entropy_coef=0.0, budget=16384):
+def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, entropy_coef=0.0, budget=16384,
+                        share=list, processes=1):
     """Add the gradient of one update's loss to the parameters' .grad; returns means over its tokens, a dict.
     The denominator is the number of response tokens of all these episodes, so the split into micro-batches
-    changes nothing; steps without credit cost no forward pass unless the entropy term needs them."""
+    changes nothing; steps without credit cost no forward pass unless the entropy term needs them.
+    share: this process's part of a list. All make the same number of passes, with a step of no weight where
+    there is none left; their gradients are to be averaged, their means to be added."""
     for episode, advantage in zip(episodes, advantages):
         for step, credit in zip(episode.steps, step_credit(episode, float(advantage), gamma)):
             step.credit = credit
     steps = [step for episode in episodes for step in episode.steps]
     scored = [step for step in steps if step.credit or entropy_coef]
     tokens, sums = sum(len(step.response) for step in steps), torch.zeros(4, dtype=torch.float64)
-    for batch in micro_batches(scored, budget):
+    for batch in micro_batches(scored, budget * processes):
+        mine = share(batch)
+        weight, batch = float(len(mine) > 0), mine or batch[:1]
         logprobs, entropies = policy.score(batch)
         old = torch.tensor([x for step in batch for x in step.logprobs], device=logprobs.device)
         credit = torch.tensor([step.credit for step in batch for _ in step.response], device=logprobs.device)
         objective, clipped = clipped_objective(logprobs, old, credit, clip)
         gap = (logprobs.detach() - old).abs()
         loss = -(objective + entropy_coef * (gap <= math.log1p(clip)) * entropies).sum() / tokens
-        loss.backward()
-        sums += torch.stack([loss * tokens, entropies.sum(), clipped.sum(), gap.sum()]).detach().cpu()
+        (loss * weight * processes).backward()
+        sums += weight * torch.stack([loss * tokens, entropies.sum(), clipped.sum(), gap.sum()]).detach().cpu()
     n = sum(len(step.response) for step in scored)
     means = [total / max(1, count) for total, count in zip(sums.tolist(), (tokens, n, n, n))]
     return dict(zip(("loss", "entropy", "clip_share", "logprob_gap"), means)) | {"tokens": tokens}

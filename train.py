@@ -12,6 +12,7 @@ what was drawn before: a resumed run goes on bit for bit.
 import argparse
 import copy
 import json
+import os
 import resource
 import signal
 import sys
@@ -21,6 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import frozenlake
 import model as lm
@@ -108,6 +112,46 @@ def generator(*key):
     return np.random.default_rng([len(key), *key])
 
 
+# Several processes: torchrun sets these. All draw the same numbers and keep the same books; they share the
+# playing, the passes of an update, and the float32 state. Alone, what follows hands on what it is given.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share(items):
+    """This process's part of a list."""
+    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
+
+
+def gather(items):
+    """The lists of all processes as one, in their order."""
+    parts = [items] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def whole(tensor):
+    """A tensor of which each process holds a part."""
+    return tensor.full_tensor() if WORLD > 1 else tensor
+
+
+def shard(model, dtype):
+    """Let each process hold a part of every weight, gradient and moment (FSDP2), and average gradients."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*model.model["layers"], model):
+        fully_shard(module, mp_policy=policy)
+    return model
+
+
+def join():
+    """Meet the other processes, of which the first alone speaks."""
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
 class Learner:
     """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and learns.
     An update of relative size 1e-6 vanishes in bfloat16. So a bfloat16 model is a copy that hands on its
@@ -120,28 +164,42 @@ class Learner:
         lm.ensure(self.tokenizer, f"{s.checkpoint} has no tokenizer.json: there is no text without one")
         with lm.blaming(f"--device {s.device}"):
             self.master = self.model = model.to(s.device)
-        if s.dtype != "float32":
-            self.model = copy.deepcopy(model).to(getattr(torch, s.dtype))
+        dtype = getattr(torch, s.dtype)
+        if s.dtype != "float32" or WORLD > 1:
+            self.model = copy.deepcopy(model).to(dtype)
+        self.trained = shard(model, dtype) if WORLD > 1 else self.model
+        if self.trained is not self.master:
             for weight, low in zip(self.master.parameters(), self.model.parameters()):
                 low.register_post_accumulate_grad_hook(lambda low, weight=weight: hand_on(low, weight))
-        self.model.recompute = s.recompute
+        self.trained.recompute = s.recompute
         self.optimizer = torch.optim.AdamW(self.master.parameters(), betas=(.9, s.beta2),
                                            weight_decay=s.weight_decay, fused=True)
 
     @torch.no_grad()
     def refresh(self):
         for weight, low in zip(self.master.parameters(), self.model.parameters()):
-            low.copy_(weight)
+            low.copy_(whole(weight))
 
     def update(self, learning_rate):
         """A step of AdamW on the gradients; returns their norm. Where that is not finite, nothing changes."""
-        norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip)).item()
         if np.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = learning_rate
             self.optimizer.step()
             self.refresh()
         self.optimizer.zero_grad()
         return norm
+
+    def state(self):
+        """Weights and moments, whole, on the CPU: of all processes the first has them."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return dict(zip(("model", "optimizer"), get_state_dict(self.master, self.optimizer, options=options)))
+
+    def load(self, model, optimizer):
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)
+        set_state_dict(self.master, self.optimizer, model_state_dict=model, optim_state_dict=optimizer,
+                       options=options)
+        self.refresh()
 
     def agent(self, instructions):
         """The policy of the weights as they are, which reads these instructions before every state."""
@@ -185,7 +243,7 @@ def warm_up(agent, learner):
             answer = learner.tokenizer.encode(f"<action>{rng.choice(frozenlake.ACTIONS)}</action>")
             rows.append([*agent.instructions, *agent.encode(lake.observation()), *answer])
         ids, lengths = lm.pad(rows, s.device)
-        logits, real = learner.model(ids)[:, skip - 1:-1], lm.within(lengths, ids.shape[1])[:, skip:]
+        logits, real = learner.trained(ids)[:, skip - 1:-1], lm.within(lengths, ids.shape[1])[:, skip:]
         torch.nn.functional.cross_entropy(logits[real], ids[:, skip:][real]).backward()
         learner.update(3e-3 * min(1, (i + 1) / 10, 2 * (1 - i / s.warmup_steps)))
 
@@ -199,7 +257,7 @@ def evaluate(learner, name, greedy=True):
     maps, weights = frozenlake.held_out_maps(scenario) if exact else (
         [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(n)], np.full(n, 1 / n))
     lakes = [s.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
-    episodes = msgrpo.play(learner.agent(lakes[0].instructions), lakes, greedy)
+    episodes = gather(msgrpo.play(learner.agent(lakes[0].instructions), share(lakes), greedy))
     success = np.array([episode.success for episode in episodes], float)
     mean, valid = float(weights @ success), [step.valid for episode in episodes for step in episode.steps]
     optimal, uniform = (weights @ np.array([lake.success_bounds() for lake in lakes])).tolist()
@@ -220,7 +278,7 @@ def iterate(agent, learner, iteration, failed):
     maps += [frozenlake.draw_map(SCENARIOS[s.scenario], rng) for _ in range(s.groups - old)]
     games = [s.lake(maps[i], s.seed, iteration, i, j) for i in range(s.groups) for j in range(s.group_size)]
     agent.refresh()
-    episodes = msgrpo.play(agent, games)
+    episodes = gather(msgrpo.play(agent, share(games)))
     returns = torch.tensor([episode.total_reward for episode in episodes]).view(s.groups, -1)
     success = np.array([episode.success for episode in episodes]).reshape(s.groups, -1)
     advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
@@ -233,11 +291,16 @@ def iterate(agent, learner, iteration, failed):
 
     decay = 1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate)
     rate = s.learning_rate * min(1, iteration / 10) * decay  # a ramp first: Adam knows little yet
-    budget, updates = s.micro_batch_tokens, []
-    gap = None if s.dtype == "float32" else msgrpo.rescore(agent, [episodes[i] for i in chosen], budget)
+    gap, updates, mine, trainee = None, [], share([episodes[i] for i in chosen]), copy.copy(agent)
+    trainee.model = learner.trained
+    if s.dtype != "float32":
+        gap = np.mean(gather([msgrpo.rescore(agent, mine, s.micro_batch_tokens)]))
+    batch = dict(zip(chosen, gather(mine)))
     for part in np.array_split(chosen, max(1, round(len(chosen) / s.update_episodes))) if len(chosen) else ():
-        means = msgrpo.accumulate_gradient(agent, [episodes[i] for i in part], advantages[part], clip=s.clip,
-                                           gamma=s.gamma, entropy_coef=s.entropy_coef, budget=budget)
+        parts = gather([msgrpo.accumulate_gradient(
+            trainee, [batch[i] for i in part], advantages[part], clip=s.clip, gamma=s.gamma, share=share,
+            entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens, processes=WORLD)])
+        means = {key: sum(part[key] for part in parts) for key in parts[0]} | {"tokens": parts[0]["tokens"]}
         if means["logprob_gap"] > s.max_gap:  # far enough from the policy that played
             learner.optimizer.zero_grad()
             break
@@ -271,21 +334,19 @@ def progress_line(metrics, iterations):
 
 def write(path, content):
     """Put a text, or what torch.save takes, in the place of the file at path: as a whole or not at all."""
-    with lm.replacing(path) as file:
-        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+    if RANK == 0:
+        with lm.replacing(path) as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
 
 
 def train(learner, out):
     """Train to the last iteration, from state.pt where there is one; evaluate, save the model and sum up."""
     s, path, clock, stop = learner.settings, out / "state.pt", time.perf_counter(), []
     agent = learner.agent(s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], generator())).instructions)
-    parts = {"model": learner.master, "optimizer": learner.optimizer}
     if path.exists():
         with lm.blaming(path):
             state = torch.load(path, weights_only=True, map_location="cpu")
-            for name, part in parts.items():
-                part.load_state_dict(state.pop(name))
-        learner.refresh()
+            learner.load(state.pop("model"), state.pop("optimizer"))
         print(f"going on after iteration {len(state['history'])} of {s.iterations}")
     else:
         warm_up(agent, learner)
@@ -308,12 +369,15 @@ def train(learner, out):
         history.append(json.dumps(metrics, default=float) + "\n")
         write(out / "metrics.jsonl", "".join(history))
         print(progress_line(metrics, s.iterations), flush=True)
-        if stop or iteration % s.checkpoint_every == 0 or iteration == s.iterations:
-            write(path, state | {name: part.state_dict() for name, part in parts.items()})
-        if stop:
+        stopped = any(gather([bool(stop)]))
+        if stopped or iteration % s.checkpoint_every == 0 or iteration == s.iterations:
+            write(path, state | learner.state())
+        if stopped:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, handler)
-    lm.save_pretrained(out / "model", learner.master, learner.tokenizer)
+    weights = learner.state()["model"]
+    if RANK == 0:
+        lm.save_pretrained(out / "model", learner.master, learner.tokenizer, weights)
     scenarios = evaluate_all(learner)
     unseen, log = scenarios["noslip"], [json.loads(line) for line in history]
     write(out / "summary.json", json.dumps({
@@ -387,6 +451,7 @@ def run(mode, folder, given):
         return {"resume": train, "eval": evaluate_all, "play": play_one}[mode](learner, folder)
     out = Path(out or next(f"runs/{i:04d}" for i in range(1, 9999) if not Path(f"runs/{i:04d}").exists()))
     lm.ensure(not (out.is_dir() and any(out.iterdir())), f"{out} is not empty: --resume it, or another --out")
+    out = gather([out])[0]
     out.mkdir(parents=True, exist_ok=True)
     write(out / "settings.json", json.dumps(asdict(learner.settings), indent=2) + "\n")
     print(f"this run is {out}; if it is stopped, go on with: python train.py --resume {out}", flush=True)
@@ -396,6 +461,8 @@ def run(mode, folder, given):
 def main(argv=None):
     """The command line: 0 for success, 2 for bad use or input, 130 where it was interrupted."""
     try:
+        if WORLD > 1:
+            join()
         run(*parse(argv))
         return 0
     except (torch.OutOfMemoryError, MemoryError):
