@@ -104,7 +104,7 @@ TINY = dict(  # what differs for a model that is born here, and why
     entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty the answers' form
     # Gradients grow tenfold when the model begins to look at the map.
     learning_rate=1e-3, final_learning_rate=.05, beta2=.99, grad_clip=.1, weight_decay=0.0,
-    temperature=1.0, max_new_tokens=3, dtype="float32", device="cpu", threads=1, warmup_steps=250)
+    temperature=1.0, max_new_tokens=3, dtype="float32", device="cpu", threads=2, warmup_steps=250)
 
 
 def generator(*key):
