@@ -1,13 +1,8 @@
 """One decoder-only transformer for Llama, Qwen2 and Qwen3 weights, and for the tiny model that is born here.
 
-Reading order: `Transformer` (tokens -> logits), `generate` and `score` (sampling, and scoring what was
-sampled), `Tokenizer` (text <-> tokens), checkpoints in and out. Modules bear the names of Hugging Face's
-state dicts, so that weights load by a strict match of names.
-
-Every prompt of a batch is a branch of one tree: instructions that all share, a state that many share, an
-answer of a few tokens. `generate` and `score` run each node of that tree once: the instructions' keys and
-values are a `prefix` of batch size one, the states' are gathered for the answers that follow them. This is
-exact, gradients included.
+Reading order: `Transformer` (tokens -> logits), `LanguageAgent` (text -> tokens that are sampled, then
+scored), `Tokenizer` (text <-> tokens), checkpoints in and out. Modules bear the names of Hugging Face's state
+dicts, so that weights load by a strict match of names.
 
 Files come from strangers: what is malformed or not supported raises ValueError with the file and the reason,
 and nothing is allocated that the sizes of the files do not justify.
@@ -18,7 +13,7 @@ import math
 import os
 import re
 import unicodedata
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -28,21 +23,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
           "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
           "BOOL": torch.bool}
-SIDE_FILES = ("config.json generation_config.json tokenizer.json tokenizer_config.json added_tokens.json "
-              "special_tokens_map.json vocab.json merges.txt chat_template.jinja").split()
+SIDE_FILES = """config.json generation_config.json tokenizer.json tokenizer_config.json added_tokens.json
+             special_tokens_map.json vocab.json merges.txt chat_template.jinja""".split()
+SUPPORTED = {"model_type": ("llama", "qwen2", "qwen3"), "hidden_act": ("silu",), "full_attention": (),
+             "rope_type": ("default", "llama3"), "type": ("default", "llama3"), "partial_rotary_factor": (1,),
+             "use_sliding_window": (False,), "quantization_config": ()}  # where config.json has them
 
 
 @dataclass(frozen=True)
 class Config:
-    """Architecture; the names are those of config.json.
-
-    q, k and v have biases with attention_bias or in qwen2, o with attention_bias; qwen3 has q and k norms.
-    """
-    model_type: str  # of FAMILIES
+    """Architecture, by the names of config.json."""
+    model_type: str  # qwen3: q and k have norms
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -54,7 +48,7 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # of Llama 3
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    attention_bias: bool = False  # of q, k, v and o; qwen2: of q, k and v whatever this is
     mlp_bias: bool = False
     files: dict = field(default_factory=dict, repr=False, compare=False)  # SIDE_FILES read, name -> bytes
 
@@ -93,8 +87,9 @@ def causal(layer, q, k, v):
 
 
 def attention(q, k, v, hidden, prefix):
-    """Each token sees its row's slots of k and v, but those `hidden` (batch or 1, time, slots) from it, and all
-    of a prefix that the rows share: keys and values of batch size one, one matrix product a head for all rows.
+    """Each token sees its row's slots of k and v, but those `hidden` (batch or 1, time, slots) from it, and
+    all of a prefix that the rows share: keys and values of batch size one, one matrix product a head for all
+    rows.
 
     Shapes as for `causal`.
     """
@@ -171,8 +166,8 @@ class Transformer(nn.Module):
     def forward(self, ids, positions=None, attend=causal, rows=None):
         """Logits of the next token: ids (batch, time) int64 -> (batch, time, vocabulary).
 
-        positions: (batch or 1, time), by default 0, 1, ...; attend(layer, q, k, v): what each token sees; rows:
-        indices into the flattened (batch * time), to have logits of these alone, (rows, vocabulary).
+        positions: (batch or 1, time), by default 0, 1, ...; attend(layer, q, k, v): what each token sees;
+        rows: indices into the flattened (batch * time), to have logits of these alone, (rows, vocabulary).
         """
         x, tied = self.model["embed_tokens"](ids), self.config.tie_word_embeddings
         positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
@@ -226,7 +221,8 @@ class LanguageAgent:
 
     @torch.no_grad()
     def refresh(self):
-        """After an update: run the instructions through the weights as they are; keep their keys and values."""
+        """After an update: run the instructions through the weights as they are; keep their keys and
+        values."""
         self.prefix, self.greedy = [], {}
 
         def attend(layer, q, k, v):
@@ -235,7 +231,8 @@ class LanguageAgent:
         self.model(self.tensor([self.instructions]), attend=attend, rows=[])
 
     def log_probabilities(self, logits):
-        """Of the tokenizer's tokens, (rows, size), at this temperature; a model may have more rows than these."""
+        """Of the tokenizer's tokens, (rows, size), at this temperature; a model may have more rows than
+        these."""
         return (logits[:, :self.tokenizer.size].float() / self.temperature).log_softmax(-1)
 
     def act(self, observations, uniforms):
@@ -249,8 +246,8 @@ class LanguageAgent:
 
     @torch.no_grad()
     def generate(self, prompts, uniforms):
-        """Continue prompts until an end token or the limit. Those that have said the same so far share one row
-        of the batch, ended ones leave it. A uniform picks its token by the inverse of the cumulative
+        """Continue prompts until an end token or the limit. Those that have said the same so far share one
+        row of the batch, ended ones leave it. A uniform picks its token by the inverse of the cumulative
         distribution, so that an answer does not depend on its batch."""
         index, size, limit = numbered(prompts), self.tokenizer.size, self.max_new_tokens
         new, lengths = pad(index, self.ends.device)
@@ -265,7 +262,7 @@ class LanguageAgent:
 
         hidden, end, positions = ahead(width).to(new.device), width, head + self.range(width)[None]
         places = self.range(count) * width + lengths - 1  # of the logits: each prompt's last token
-        alive, parent = self.range(len(prompts)), self.tensor([index[prompt] for prompt in prompts])  # its row
+        alive, parent = self.range(len(prompts)), self.tensor([index[prompt] for prompt in prompts])  # row
         tokens, logprobs = (torch.full((len(prompts), limit), x, device=new.device) for x in (-1, 0.0))
         for t in range(limit):
             table = self.log_probabilities(self.model(new, positions, attend, places))
@@ -286,7 +283,8 @@ class LanguageAgent:
             end, positions = width + t + 1, head + lengths[:, None] + t
             hidden = F.pad(~within(lengths, width), (0, t + 1))[:, None]
         replies = [tuple(i for i in row if i >= 0) for row in tokens.tolist()]
-        return [(prompt, reply, logs[:len(reply)], self.decode(reply), reply[-1] not in self.tokenizer.end_ids)
+        return [(prompt, reply, logs[:len(reply)], self.decode(reply),
+                 reply[-1] not in self.tokenizer.end_ids)
                 for prompt, reply, logs in zip(prompts, replies, logprobs.tolist())]
 
     def score(self, steps):
@@ -333,7 +331,7 @@ def ensure(good, reason):
 
 @contextlib.contextmanager
 def blaming(path):
-    """What is wrong with the contents of the file at path is raised as a ValueError that names it."""
+    """Whatever the contents of the file at path do wrong inside is raised as a ValueError that names it."""
     try:
         yield
     except (OSError, MemoryError):
@@ -352,7 +350,7 @@ def replacing(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -368,83 +366,60 @@ def parse_json(data):
     return value
 
 
-def parse_config(data, files=None):
-    """Config of config.json, from transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
-
-    An absent or null key has transformers' default. Call it inside `blaming`.
-    """
+def parse_config(data):
+    """Config of config.json's bytes in either dialect, with transformers' defaults."""
     raw = parse_json(data)
+    raw = {"head_dim": 128} | raw if raw.get("model_type") == "qwen3" else raw
     raw |= (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
-    kind, ropes = raw["model_type"], ("default", "llama3")  # `type` is the older name of rope_type,
-    for key, *allowed in (("model_type", *FAMILIES), ("rope_type", *ropes), ("type", *ropes),
-                          ("full_attention",), ("hidden_act", "silu"), ("partial_rotary_factor", 1),
-                          ("use_sliding_window", False), ("quantization_config",)):  # full_attention a rope's
-        ensure(raw.get(key) in [*allowed, None],
-               f"{key} is {raw.get(key)!r:.99}, where {allowed} are supported")
-    layers = {*(raw.get("layer_types") or [])} - {"full_attention"}
-    ensure(not layers, f"layer_types has {layers!r:.99}, where full_attention is supported")
-
-    def get(key, kind, default=None):
-        value = default if raw.get(key) is None else raw[key]
+    raw = {key: value for key, value in raw.items() if value is not None}
+    for key, values in SUPPORTED.items():  # `type` is the older name of rope_type
+        ensure(key not in raw or raw[key] in values, f"{key} is {raw.get(key)!r:.99}, not among {values}")
+    ensure({*raw.get("layer_types", ())} <= {"full_attention"}, "layer_types are not all full_attention")
+    heads, llama3 = raw["num_attention_heads"], "llama3" in (raw.get("rope_type"), raw.get("type"))
+    raw = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads} | raw
+    raw["attention_bias"] = raw["model_type"] != "qwen2" and raw.get("attention_bias", False)
+    rope_keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    kinds = {f.name: f.type for f in fields(Config) if f.type in (int, float, bool)}
+    for key, kind in (kinds | dict.fromkeys(rope_keys, float)).items():
+        value = raw.get(key, kind(1))
         good = type(value) in (kind, int if kind is float else kind)  # to isinstance, True is an int
-        ensure(good and (kind is bool or 0 < value < 1e15), f"{key} is {value!r:.99}, no {kind.__name__} in range")
-        return value
-
-    heads, scaling = get("num_attention_heads", int), None
-    defaults = {"num_key_value_heads": heads,
-                "head_dim": 128 if kind == "qwen3" and "head_dim" not in raw else get("hidden_size", int) // heads}
-    shape = {f.name: get(f.name, f.type, defaults.get(f.name, f.default)) for f in fields(Config)
-             if f.type in (int, float, bool)}
-    shape["attention_bias"] &= kind != "qwen2"  # which has its own way
-    shape["mlp_bias"] &= kind == "llama"
-    ensure(heads % shape["num_key_value_heads"] == 0, f"num_key_value_heads does not divide {heads} heads")
-    ensure(shape["head_dim"] % 2 == 0, f"head_dim is {shape['head_dim']}, an odd number")
-    if "llama3" in (raw.get("rope_type"), raw.get("type")):
-        keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-        scaling = {"rope_type": "llama3"} | {key: get(key, float) for key in keys}
-        ensure(raw["low_freq_factor"] < raw["high_freq_factor"], "high_freq_factor is below low_freq_factor")
-    return Config(kind, **shape, rope_scaling=scaling, files=files or {})
-
-
-def format_config(config, dtype, end_ids):
-    """config.json's bytes in the older dialect, which transformers 4 and 5 and vLLM all read."""
-    raw = {"bos_token_id": None, "eos_token_id": min(end_ids, default=None)}  # else transformers takes 1, 2
-    raw |= json.loads(config.files.get("config.json", b"{}")) | vars(config) | {
-        "hidden_act": "silu", "architectures": [FAMILIES[config.model_type]], "torch_dtype": str(dtype)[6:]}
-    raw = {key: value for key, value in raw.items() if key not in ("files", "rope_parameters", "dtype")}
-    return json.dumps(raw, indent=2).encode()
+        ensure(good and (kind is bool or 0 < value < 1e15), f"{key} is {value!r:.99}, no fit {kind.__name__}")
+    fits = heads % raw["num_key_value_heads"] == raw["head_dim"] % 2 == 0
+    fits = fits and raw.get("low_freq_factor", 0) < raw.get("high_freq_factor", 1e15)
+    ensure(fits, "num_key_value_heads divides no heads, head_dim is odd or high_freq_factor is too low")
+    scaling = {"rope_type": "llama3"} | {key: raw[key] for key in rope_keys} if llama3 else None
+    return Config(raw["model_type"], rope_scaling=scaling, **{key: raw[key] for key in kinds if key in raw})
 
 
 def read_header(path):
-    """{name: (path, dtype, shape, offset)} of a safetensors file in the order of the data, which is not read.
+    """{name: (path, its offset, an empty tensor of its dtype and shape)} of a safetensors file.
 
     The format: 8 little-endian bytes N; N bytes of JSON, {name: {dtype, shape, data_offsets}}; the data.
     """
     with blaming(path), open(path, "rb") as file:
-        size, start = os.fstat(file.fileno()).st_size, 8 + int.from_bytes(file.read(8), "little")
+        size = Path(path).stat().st_size
+        start = 8 + int.from_bytes(file.read(8), "little")
         ensure(start <= min(size, 100_000_008), f"a header of {start - 8} bytes in {size} is too long")
-        header, entries, end = parse_json(file.read(start - 8)), {}, start
+        header, entries, end = parse_json(file.read(start - 8)), {}, 0
         metadata = header.pop("__metadata__", None)
         ensure(metadata is None or {*map(type, metadata.values())} <= {str}, "__metadata__ maps no strings")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (begin, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            good = type(shape) is list and all(type(n) is int and n >= 0 for n in [*shape, begin, stop])
-            good = good and len(shape) <= 64 and math.prod(max(n, 1) for n in shape) < 1 << 63  # strides
-            good = good and start + begin == end and math.prod(shape) * dtype.itemsize == stop - begin
-            ensure(good, f"tensor {name!r:.99} is {entry!r:.199}, where byte {end - start} is next")
-            entries[name], end = (path, dtype, shape, end), start + stop
-        ensure(end == size, f"its tensors end at byte {end}, the file at {size}")
+            empty = torch.empty([] + entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+            entries[name], span = (path, start + end, empty), [end, end := end + empty.nbytes]
+            good = repr(entry["data_offsets"]) == repr(span)  # as text, where true is not 1
+            ensure(good, f"tensor {name!r:.99} is {entry!r:.199}, where its bytes are {span}")
+        ensure(start + end == size, f"its tensors end at byte {start + end}, the file at {size}")
     return entries
 
 
-def read_tensor(path, dtype, shape, offset):
+def read_tensor(path, offset, empty):
     """A tensor of `read_header`, allocated once and read into."""
-    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    tensor = torch.empty_like(empty, device="cpu")
     data = tensor.reshape(-1).view(torch.uint8).numpy()  # the same memory
-    with blaming(path), open(path, "rb") as file:
+    with open(path, "rb") as file:
         file.seek(offset)
-        ensure(file.readinto(data) == data.nbytes, "the file ends within a tensor")
-        ensure(dtype != torch.bool or data.max(initial=0) <= 1, "a BOOL is not 0 or 1")
+        good = file.readinto(data) == data.nbytes and (tensor.dtype != torch.bool or data.max(initial=0) <= 1)
+    ensure(good, f"{path} ends within a tensor, or a BOOL is not 0 or 1")
     return tensor
 
 
@@ -455,32 +430,32 @@ def read_safetensors(path):
 
 def write_safetensors(path, tensors):
     """Write {name: tensor} as a safetensors file, sorted by name, one tensor at a time."""
-    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
-    for name, tensor in sorted(tensors.items()):
-        ensure(tensor.dtype in names and name != "__metadata__", f"{path} cannot hold {name!r} of {tensor.dtype}")
+    names, tensors = {dtype: name for name, dtype in DTYPES.items()}, dict(sorted(tensors.items()))
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers 4 insists on it
+    for name, tensor in tensors.items():
+        ensure(tensor.dtype in names, f"{path} cannot hold {name!r} of {tensor.dtype}")
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
-    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()  # transformers 4 insists on it
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in header:
-            file.write(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 def find_tensors(directory):
-    """`read_header` of model.safetensors, or of all the shards of model.safetensors.index.json together."""
-    index = directory / "model.safetensors.index.json"
-    if (directory / "model.safetensors").exists() or not index.exists():
-        return read_header(directory / "model.safetensors")
+    """`read_header` of model.safetensors, or of all shards that model.safetensors.index.json names."""
+    path, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if path.exists() or not index.exists():
+        return read_header(path)
     with blaming(index):
         home = parse_json(index.read_bytes())["weight_map"]
-        shards = {*home.values()}
-        ensure(all(re.fullmatch(r"[^/\\\0]+\.safetensors", shard) for shard in shards), "a shard is no bare file name")
-        found = [entry for shard in shards for entry in read_header(directory / shard).items()]
-        places = sorted((name, path.name) for name, (path, *_) in found)
-        ensure(places == sorted(home.items()), "it and its shards disagree on the tensors")
-    return dict(found)
+        ensure(all(Path(shard).name == shard for shard in home.values()), "a shard's name is not a bare one")
+        found = {(name, shard): entry for shard in {*home.values()}
+                 for name, entry in read_header(directory / shard).items()}
+        ensure(not (wrong := found.keys() ^ home.items()), f"it and the shards disagree on {wrong!r:.199}")
+    return {name: entry for (name, _), entry in found.items()}
 
 
 # How GPT-2 cuts text into pieces; the same after every digit was cut out, where white space before a digit
@@ -489,83 +464,65 @@ def find_tensors(directory):
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT_PIECES = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 TINY_PIECES = r"[A-Z][a-z][^\n]*|</?[a-z]+>|\n[A-Z_](?= )| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
-CHATS = {  # a control token that tells a template: (before the user's text, end of turn, start of the answer)
-    "<|im_start|>": ("<|im_start|>user\n", "<|im_end|>", "\n<|im_start|>assistant\n"),
-    "<|start_header_id|>": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>",
-                            "<|start_header_id|>assistant<|end_header_id|>\n\n"), None: ("", None, "\n")}
+# Chat templates around the user's text: the first of whose control tokens the vocabulary lacks none.
+CHATS = [("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+         ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+          "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"), ("", "\n")]
 # tokenizer.json spells bytes as printable characters: these as themselves, the others from U+0100 on (GPT-2).
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF = {chr(byte): byte for byte in PRINTABLE} | {
-    chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)}
-CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
+CODE_OF = dict(zip([*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})], [*PRINTABLE, *range(256, 324)]))
+BYTE_OF = {chr(code): byte for byte, code in CODE_OF.items()}
 
 
 def split_pattern(pre_tokenizer):
     """The regular expression of the pieces into which a tokenizer.json's pre_tokenizer cuts text."""
     *first, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    match last["type"], last["add_prefix_space"], last.get("use_regex", True), *first:
-        case "ByteLevel", False, True:
-            return GPT2_PIECES
-        case "ByteLevel", False, True, {"type": "Digits", "individual_digits": True}:
-            return DIGIT_PIECES
-        case "ByteLevel", False, False, {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}:
+    plain = last["type"] == "ByteLevel" and last["add_prefix_space"] is False
+    match plain, last.get("use_regex", True), first:
+        case True, True, [] | [{"type": "Digits", "individual_digits": True}]:
+            return DIGIT_PIECES if first else GPT2_PIECES
+        case True, False, [{"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}]:
             return regex
     raise ValueError(f"pre_tokenizer {pre_tokenizer!r:.299} is not supported")
 
 
-def merge_ranks(model, special):
-    """{bytes: id} of a tokenizer.json's BPE model without the control tokens.
-
-    tiktoken merges the pair whose result has the lowest id, the file the pair that it lists first: the same
-    where the merges are in the order of the ids.
-    """
-    ensure(model["type"] == "BPE", f"model type {model['type']!r:.99} is not BPE")
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    made = [model["vocab"]["".join(merge)] for merge in merges]
-    ensure(made == sorted(made), "merges that are not in the order of the ids are not supported")
-    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    return {bytes(BYTE_OF[char] for char in token): i for token, i in vocab.items()}
-
-
 class Tokenizer:
-    """Text <-> token ids by a tiktoken.Encoding made of tokenizer.json's bytes, and the chat around a prompt.
+    """Text <-> token ids, of tokenizer.json's bytes, and the chat around a prompt. Make it inside `blaming`.
 
-    size: a policy samples ids below it; end_ids: those that end an answer; special: {name: id} of the control
-    tokens, which no text becomes. Call it inside `blaming`.
+    A policy samples ids below `size`; `end_ids` end an answer; `special` are the control tokens, {name: id},
+    which no text becomes.
     """
 
     def __init__(self, data, end_ids=(), model_type="llama"):
         self.json, raw = data, parse_json(data)
+        bpe, vocab, self.normalizer = raw["model"], raw["model"]["vocab"], raw["normalizer"]
+        made = [vocab["".join(merge).replace(" ", "")] for merge in bpe["merges"]]  # first by id in tiktoken
+        good = bpe["type"] == "BPE" and made == sorted(made) and self.normalizer in (None, {"type": "NFC"})
+        ensure(good, "not a BPE whose merges are in the order of the ids, after no normalizer or NFC")
         self.special = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        self.normalizer, ranks = raw["normalizer"], merge_ranks(raw["model"], self.special)
-        ensure(self.normalizer in (None, {"type": "NFC"}), f"normalizer {self.normalizer!r:.99} is not NFC")
-        self.bytes_of = {i: token for token, i in ranks.items()}
-        self.bytes_of |= {i: name.encode() for name, i in self.special.items()}
-        good = all(type(i) is int and 0 <= i < 1 << 24 for i in self.bytes_of) and b"" not in ranks
-        ensure(good and len(self.bytes_of) == len(ranks) + len(self.special), "a token is without text or id")
+        ranks = {bytes(map(BYTE_OF.get, name)): i for name, i in vocab.items() if name not in self.special}
+        names = ranks | {name.encode(): i for name, i in self.special.items()}
+        self.bytes_of = {i: name for name, i in names.items()}
+        good = all(type(i) is int and 0 <= i < 1 << 24 for i in self.bytes_of) and b"" not in names
+        ensure(good and len(self.bytes_of) == len(names), "a token is without text or an id of its own")
         self.size = max(self.bytes_of) + 1
-        # Bytes that the vocabulary lacks: transformers drops them, tiktoken panics. They get ids above size.
-        lacking = [byte for byte in (bytes([i]) for i in range(256)) if byte not in ranks]
-        ranks |= {byte: self.size + i for i, byte in enumerate(lacking)}
-        lost = "".join(f"\\x{byte[0]:02x}" for byte in lacking if byte[0] < 128) or "^\\S\\s"
-        before, behind = r"(?:(?<=[^\w\s])|(?<=[_\x1c-\x1f]))", r"(?=[^\w\s]|[_\x1c-\x1f])"
-        self.lost = re.compile(f"{before}[{lost}]+|[{lost}]+{behind}")
+        # Bytes that the vocabulary lacks: transformers drops them, tiktoken panics. They get ids above size;
+        # runs of symbols are rid of them before, as transformers merges what is left of a run.
+        lacking = {bytes([byte]) for byte in range(256)} - ranks.keys()
+        ranks |= {byte: self.size + byte[0] for byte in lacking}
+        lost = "".join(f"\\x{byte[0]:02x}" for byte in lacking if byte.isascii()) or "^\\S\\s"
+        self.lost = re.compile(rf"(?:(?<=[^\w\s])|(?<=[_\x1c-\x1f ]))[{lost}]+(?=[^\w\s]|[_\x1c-\x1f])")
         self.encoding = tiktoken.Encoding("", pat_str=split_pattern(raw["pre_tokenizer"]),
-                                          mergeable_ranks=ranks, special_tokens={})
-        before, end, after = next(chat for marker, chat in CHATS.items() if marker in {*self.special, None})
-        self.before, self.after = self._template(before), self._template((end or "") + after)
-        thinks = model_type == "qwen3" and "<think>" in self.special
-        self.no_thought = self._template("<think>\n\n</think>\n\n") if thinks else []
-        self.end_ids = frozenset({*end_ids, self.special.get(end)} - {None})
-
-    def _template(self, text):
-        parts = re.split("(<[^<>]*>)", text)
-        return [i for part in parts for i in ([self.special[part]] if "<" in part else self.encode(part))]
+                                          mergeable_ranks=ranks, special_tokens=self.special)
+        before, after = next(chat for chat in CHATS if {*re.findall("<.*?>", str(chat))} <= {*self.special})
+        thought = "<think>\n\n</think>\n\n" if model_type == "qwen3" and "<think>" in self.special else ""
+        template = partial(self.encoding.encode, allowed_special="all")
+        self.before, *self.after = map(template, (before, after + thought, after))
+        self.end_ids = frozenset({*end_ids} | ({self.after[1][0]} & {*self.special.values()}))
 
     def encode(self, text):
         """Token ids of text; what spells a control token is text like any other."""
-        text = unicodedata.normalize("NFC", text) if self.normalizer else text
-        text = self.lost.sub("", text)  # within runs of symbols, which are merged without them
+        text = self.lost.sub("", unicodedata.normalize("NFC", text) if self.normalizer else text)
         return [i for i in self.encoding.encode_ordinary(text) if i < self.size]
 
     def decode(self, ids):
@@ -578,75 +535,74 @@ class Tokenizer:
 
     def suffix(self, state, think=False):
         """Tokens of a prompt from its state on; without think, Qwen3 expects an empty thought."""
-        return self.encode(state) + self.after + ([] if think else self.no_thought)
+        return self.encode(state) + self.after[think]
 
 
 def tiny_tokenizer(texts, end):
     """A Tokenizer of the 256 bytes and of the pieces of some texts, of which `end` ends an answer."""
-    pieces = [piece for text in texts for piece in re.findall(TINY_PIECES, text)]
-    spelt = ["".join(CHAR_OF[byte] for byte in piece.encode()) for piece in pieces]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys([*map(CHAR_OF.get, range(256)), *spelt]))}
-    pairs = [(token[:i], token[i:]) for token in vocab for i in range(1, len(token))]
-    merges = [pair for pair in pairs if vocab.keys() >= set(pair)]  # all those that tiktoken finds
+    pieces = [piece.encode() for text in texts for piece in re.findall(TINY_PIECES, text)]
+    names = [piece.decode("latin-1").translate(CODE_OF) for piece in [*map(bytes, zip(range(256))), *pieces]]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    pairs = [(name[:i], name[i:]) for name in vocab for i in range(1, len(name))]
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": TINY_PIECES}, "behavior": "Isolated", "invert": False}
-    data = json.dumps({
+    return Tokenizer(json.dumps({
         "version": "1.0", "added_tokens": [], "normalizer": None, "decoder": bytes_,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
-        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}})
-    return Tokenizer(data.encode(), [vocab[end]])
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab,  # all merges that tiktoken finds:
+                  "merges": [pair for pair in pairs if vocab.keys() >= {*pair}]}}).encode(), [vocab[end]])
 
 
 def load_pretrained(directory, dtype=torch.float32):
     """(Transformer in dtype, Tokenizer) of a Hugging Face directory; the second None without tokenizer.json.
 
-    Memory peaks at about the weights' own size: each tensor is allocated once, converted by itself, and takes
-    its place in a model on the meta device. Raises ValueError, with file and reason, on what is malformed or
-    another kind of model.
+    Memory peaks at the weights' own size: files are compared with a model that has no memory, then each
+    tensor is read and converted by itself. Raises ValueError, with file and reason, on what is not supported.
     """
-    directory, ends = Path(directory), []
+    directory, ends, tokenizer = Path(directory), [], None
     files = {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).exists()}
     for name in ("generation_config.json", "config.json"):
         with blaming(directory / name):
             found = parse_json(files.get(name, b"{}")).get("eos_token_id")
-            ends += found if isinstance(found, list) else [found]
-            ensure({*map(type, ends)} <= {int, type(None)}, f"eos_token_id is {found!r:.99}")
-    with blaming(directory / "config.json"):
-        config = parse_config(files.get("config.json", b""), files)
+            ends += found if isinstance(found, list) else [] if found is None else [found]
+            ensure({*map(type, ends)} <= {int}, f"eos_token_id is {found!r:.99}")
     entries = find_tensors(directory)
-    for name in [*entries]:  # the embedding once more, and what old Llama files repeat of rope_theta
-        if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
-            del entries[name]
-    with blaming(directory):
-        wrong = [name for name, (_, kind, *_) in entries.items() if not kind.is_floating_point]
-        ensure(not wrong, f"weights that are no floats: {wrong}")
-        ensure(9 * config.num_hidden_layers <= len(entries), f"{len(entries)} tensors, too few for all its layers")
-        with torch.device("meta"):
-            model = Transformer(config)
-        model.load_state_dict({name: read_tensor(*entry).to(dtype) for name, entry in entries.items()}, assign=True)
-    if "tokenizer.json" not in files:
-        return model, None
-    with blaming(directory / "tokenizer.json"):
-        tokenizer = Tokenizer(files["tokenizer.json"], ends, config.model_type)
-        ensure(tokenizer.size <= config.vocab_size, f"{tokenizer.size} tokens exceed the model's vocab_size")
+    with blaming(directory / "config.json"), torch.device("meta"):
+        config = replace(parse_config(files.get("config.json", b"")), files=files)
+        ensure(9 * config.num_hidden_layers <= len(entries), "num_hidden_layers exceeds the files")
+        model = Transformer(config)
+    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # of old; the embedding
+    entries = {name: entry for name, entry in entries.items() if not name.endswith(spare)}
+    has = {(name, empty.shape, empty.is_floating_point()) for name, (_, _, empty) in entries.items()}
+    wrong = has ^ {(name, weight.shape, True) for name, weight in model.state_dict().items()}
+    ensure(not wrong, f"{directory}: files and model differ in (name, shape, float): {sorted(wrong)!r:.199}")
+    if "tokenizer.json" in files:
+        with blaming(directory / "tokenizer.json"):
+            tokenizer = Tokenizer(files["tokenizer.json"], ends, config.model_type)
+            ensure(tokenizer.size <= config.vocab_size, f"{tokenizer.size} tokens exceed the vocab_size")
+    state = {name: read_tensor(*entry).to(dtype) for name, entry in entries.items()}
+    model.load_state_dict(state, assign=True)
     return model, tokenizer
 
 
 def save_pretrained(directory, model, tokenizer, weights=None):
     """Write a directory that load_pretrained, transformers and vLLM read; tokenizer may be None, weights be
-    given instead of the model's own.
+    given in the place of the model's own.
 
-    The files that the model was loaded with are carried over. All are complete beside their places before the
-    first takes its own, so an interruption leaves an earlier checkpoint whole.
+    config.json is in the older dialect, which all read; the other files that came with the model are carried
+    over. All are complete before the first takes its place: an interruption leaves an older checkpoint whole.
     """
-    directory, files = Path(directory), dict(model.config.files)
-    end_ids = tokenizer.end_ids if tokenizer else ()
+    directory, config, files = Path(directory), model.config, dict(model.config.files)
     if tokenizer:
-        ends = [name for name, i in tokenizer.special.items() if i in end_ids]  # a word stays a word
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ends[0] if ends else None}
-        files = {"tokenizer_config.json": json.dumps(settings).encode()} | files
+        files.setdefault("tokenizer_config.json", b'{"tokenizer_class": "PreTrainedTokenizerFast"}')
         files["tokenizer.json"] = tokenizer.json
-    files["config.json"] = format_config(model.config, next(model.parameters()).dtype, end_ids)
+    end_id = min(tokenizer.end_ids, default=None) if tokenizer else None
+    raw = {"bos_token_id": None, "eos_token_id": end_id}  # else transformers takes 1 and 2
+    raw |= json.loads(files.get("config.json", b"{}")) | vars(config)
+    raw |= {"architectures": [f"{config.model_type.title()}ForCausalLM"],
+            "torch_dtype": str(next(model.parameters()).dtype)[6:]}
+    raw = {key: value for key, value in raw.items() if key not in ("files", "rope_parameters", "dtype")}
+    files["config.json"] = json.dumps(raw, indent=2).encode()
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         for name, data in files.items():

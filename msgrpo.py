@@ -191,7 +191,8 @@ def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, ent
         gap = (logprobs.detach() - old).abs()
         loss = -(objective + entropy_coef * (gap <= math.log1p(clip)) * entropies).sum() / tokens
         (loss * weight * processes).backward()
-        sums += weight * torch.stack([loss * tokens, entropies.sum(), clipped.sum(), gap.sum()]).detach().cpu()
+        parts = torch.stack([loss * tokens, entropies.sum(), clipped.sum(), gap.sum()])
+        sums += weight * parts.detach().cpu()
     n = sum(len(step.response) for step in scored)
     means = [total / max(1, count) for total, count in zip(sums.tolist(), (tokens, n, n, n))]
     return dict(zip(("loss", "entropy", "clip_share", "logprob_gap"), means)) | {"tokens": tokens}

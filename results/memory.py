@@ -42,7 +42,8 @@ import train
 # What depends on contents, which meta tensors lack: masks are all True, no two rows are equal.
 torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True
 UNIQUE, EQUAL, TOLIST = torch.Tensor.unique, torch.equal, torch.Tensor.tolist
-torch.Tensor.unique = lambda x, **kwargs: (x, torch.arange(len(x), device="meta")) if x.is_meta else UNIQUE(x, **kwargs)
+torch.Tensor.unique = lambda x, **kwargs: (x, torch.arange(len(x), device="meta")) if x.is_meta else (
+    UNIQUE(x, **kwargs))
 torch.equal = lambda a, b: not a.is_meta and EQUAL(a, b)
 torch.Tensor.tolist = lambda x: TOLIST(torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else x)
 GIB = 2 ** 30
