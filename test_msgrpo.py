@@ -1087,7 +1087,8 @@ def test_two_processes_do_what_one_does(warm, few_maps, tmp_path):
         for found, m in zip(metrics_of(out), expected, strict=True):
             values = {key: m[key] for key in m if "second" not in key and m[key] is not None}
             assert {key: found[key] for key in values} == pytest.approx(values, rel=1e-3, abs=1e-5)
-        torch.testing.assert_close(lm.read_safetensors(out / "model/model.safetensors"), weights, atol=1e-5, rtol=0)
+        found = lm.read_safetensors(out / "model/model.safetensors")
+        torch.testing.assert_close(found, weights, atol=1e-5, rtol=0)
 
 
 # Learning
