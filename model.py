@@ -76,7 +76,7 @@ def rotary(c, positions, dtype):
 
 def rotate(x, cos, sin):
     """Rotary positions in the split-halves form of these weights: x (batch, time, heads, head_dim)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def causal(layer, q, k, v):
