@@ -906,7 +906,7 @@ def test_what_is_trained_on(warm, few_maps, tmp_path, monkeypatch):
                    "--scenario", "bigslippery", "--step-cost", .01, "--temperature", 1.5,
                    "--max-gap", 99) == 0
     assert len(luck) == len({*luck}) == 96 and max(trained) <= 5  # no two episodes, of any iteration
-    assert sum(trained) == sum(min(12, n) for n in mixed) >= 12
+    assert sum(trained) == sum(min(12, n) for n in mixed) > 0
 
 
 CHANGES = {  # for every setting a value that is not QUICK's
