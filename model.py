@@ -88,11 +88,7 @@ def causal(layer, q, k, v):
 
 def attention(q, k, v, hidden, prefix):
     """Each token sees its row's slots of k and v, but those `hidden` (batch or 1, time, slots) from it, and
-    all of a prefix that the rows share: keys and values of batch size one, one matrix product a head for all
-    rows.
-
-    Shapes as for `causal`.
-    """
+    all of a prefix that the rows share: keys and values of batch size one. Shapes as for `causal`."""
     (batch, _, _, d), heads, lengths = q.shape, len(k), [prefix[0].shape[2], k.shape[2]]
     q = (q * d ** -.5).unflatten(2, (heads, -1)).permute(2, 0, 3, 1, 4)  # (kv_heads, batch, group, time, d)
     shape, q = q.shape, q.reshape(heads, -1, d)
@@ -221,8 +217,7 @@ class LanguageAgent:
 
     @torch.no_grad()
     def refresh(self):
-        """After an update: run the instructions through the weights as they are; keep their keys and
-        values."""
+        """After an update: run the instructions through the weights as they are, and keep what it gives."""
         self.prefix, self.greedy = [], {}
 
         def attend(layer, q, k, v):
@@ -231,8 +226,7 @@ class LanguageAgent:
         self.model(self.tensor([self.instructions]), attend=attend, rows=[])
 
     def log_probabilities(self, logits):
-        """Of the tokenizer's tokens, (rows, size), at this temperature; a model may have more rows than
-        these."""
+        """Of the tokenizer's tokens, (rows, size), at this temperature; a model may have further rows."""
         return (logits[:, :self.tokenizer.size].float() / self.temperature).log_softmax(-1)
 
     def act(self, observations, uniforms):

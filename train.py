@@ -4,6 +4,7 @@
     python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama in Hugging Face's format
     python train.py --resume DIR                go on with a run that was stopped or killed
     python train.py --eval DIR, or --play DIR   what a run or a checkpoint can do, in figures or move by move
+    torchrun --nproc-per-node N train.py ...    the same by N processes
 
 A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.pt (to resume from), model/
 (in Hugging Face's format) and summary.json. Random numbers follow from (seed, iteration, episode), not from
@@ -87,7 +88,7 @@ class Settings:
             value, (low, high, choices) = getattr(self, f.name), f.metadata["range"]
             good = type(value) in ((int, float) if f.type is float else (f.type,))  # True is no number here
             good = good and (value in choices if choices else f.type in (str, bool) or low <= value <= high)
-            lm.ensure(good, f"--{f.name} {value} is not {choices or f'in [{low}, {high}]'}")
+            lm.ensure(good, f"--{f.name.replace('_', '-')} {value} is not {choices or f'in [{low}, {high}]'}")
 
     def lake(self, desc, *key, scenario=None):
         """The game on one map, with this run's text and rewards; its random numbers follow from the key."""
@@ -291,11 +292,12 @@ def iterate(agent, learner, iteration, failed):
 
     decay = 1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate)
     rate = s.learning_rate * min(1, iteration / 10) * decay  # a ramp first: Adam knows little yet
-    gap, updates, mine, trainee = None, [], share([episodes[i] for i in chosen]), copy.copy(agent)
+    gap, updates, trainee, batch = None, [], copy.copy(agent), [episodes[i] for i in chosen]
     trainee.model = learner.trained
     if s.dtype != "float32":
-        gap = np.mean(gather([msgrpo.rescore(agent, mine, s.micro_batch_tokens)]))
-    batch = dict(zip(chosen, gather(mine)))
+        gap = np.mean(gather([msgrpo.rescore(agent, share(batch), s.micro_batch_tokens)]))
+        batch = gather(share(batch))
+    batch = dict(zip(chosen, batch))
     for part in np.array_split(chosen, max(1, round(len(chosen) / s.update_episodes))) if len(chosen) else ():
         parts = gather([msgrpo.accumulate_gradient(
             trainee, [batch[i] for i in part], advantages[part], clip=s.clip, gamma=s.gamma, share=share,
