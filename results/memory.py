@@ -19,9 +19,9 @@ where tensors have sizes and no contents, and every allocation is counted while 
                  2 P) until the answers, the prompts and the instructions have all added their parts
 
 The total is the larger of rollout and update. It assumes the worst: no two states are equal, no episode ends
-early. An earlier layout of the update pass measured .86 to 1.09 of it (a CPU, 60 million parameters, up to 1.26
-where glibc keeps fragments); the present one was not measured against it. A GPU's context and fragments come on top, and its other
-kernels keep less or more.
+early. An earlier layout of the update pass measured .86 to 1.09 of it (a CPU, 60 million parameters; up to
+1.26 where glibc keeps fragments); the present one was not measured against it. A GPU's context and fragments
+come on top, and its other kernels keep less or more.
 """
 import argparse
 import resource
