@@ -13,7 +13,7 @@ models.
 import functools
 import hashlib
 import itertools
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 
@@ -21,22 +21,13 @@ ACTIONS = ("left", "down", "right", "up")
 MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (row, column) of each action
 MAPS = {"4x4": "SFFF FHFH FFFH HFFG".split(),  # Gymnasium's two fixed maps
         "8x8": "SFFFFFFF FFFFFFFF FFFHFFFF FFFFFHFF FFFHFFFF FHHFFFHF FHFFHFHF FFFHFFFG".split()}
-
-
-class Scenario(NamedTuple):
-    """How lakes are drawn: board size, P(frozen) of a tile, P(moving as chosen), and steps in an episode."""
-    size: int
-    p: float
-    success_rate: float
-    max_steps: int
-
-
+# How lakes are drawn: board size, P(frozen) of a tile, P(moving as chosen), and steps in an episode.
+Scenario = namedtuple("Scenario", "size p success_rate max_steps")
 SCENARIOS = {  # the first three are the later public configuration of the paper's first author; `big` is ours
     "noslip": Scenario(4, .8, 1.0, 8),
     "slippery": Scenario(4, .9, 1 / 3, 15),
     "bigslippery": Scenario(6, .9, 1 / 3, 15),
-    "big": Scenario(6, .8, 1.0, 20),
-}
+    "big": Scenario(6, .8, 1.0, 20)}
 
 
 def solvable(desc):
@@ -78,7 +69,7 @@ def draw_map(scenario, rng, held_out=False):
 def held_out_maps(scenario):
     """Every held-out map of a 4x4 scenario, and each one's share of the generator's probability."""
     boards = ["S" + "".join(tiles) + "G" for tiles in itertools.product("FH", repeat=14)]
-    maps = [[board[i:i + 4] for i in (0, 4, 8, 12)] for board in boards]
+    maps = ([board[i:i + 4] for i in (0, 4, 8, 12)] for board in boards)
     maps = [desc for desc in maps if is_held_out(desc) and solvable(desc)]
     holes = np.array(["".join(desc).count("H") for desc in maps])
     weights = scenario.p ** (14 - holes) * (1 - scenario.p) ** holes
@@ -107,27 +98,22 @@ def parse_action(text):
 
 
 class FrozenLake:
-    """One episode of the game on one map.
+    """One episode of the game on one map. desc: rows of "SFHG" with one S; success_rate: probability of moving
+    as chosen (1 does not slip, 1/3 is Gymnasium's slippery default), otherwise to either side of it;
+    max_steps: the horizon H; rng: numpy Generator of the slips; invalid_penalty: subtracted for an invalid
+    answer, which moves nothing and uses a step; coordinates: name the positions above the grid; think: ask
+    for thoughts and a plan before the action. Raises ValueError for what is no map or no probability."""
 
-    desc: rows of "SFHG" with one S; success_rate: probability of moving as chosen (1 does not slip, 1/3 is
-    Gymnasium's slippery default), otherwise to either side of it; max_steps: the horizon H; rng: numpy
-    Generator of the slips; invalid_penalty: subtracted for an invalid answer, which moves nothing and uses a
-    step; step_cost: subtracted at every step; coordinates: name the positions above the grid; think: ask for
-    thoughts and a plan before the action. Raises ValueError for a malformed map or a probability outside [0,
-    1].
-    """
-
-    def __init__(self, desc, success_rate=1.0, max_steps=8, rng=None, invalid_penalty=0.0, step_cost=0.0,
+    def __init__(self, desc, success_rate=1.0, max_steps=8, rng=None, invalid_penalty=0.0,
                  coordinates=False, think=False):
         tiles = "".join(desc)
-        if len(set(map(len, desc))) != 1 or set(tiles) - set("SFHG") or tiles.count("S") != 1:
-            raise ValueError(f"a map is a rectangle of S, F, H and G with one S, not {desc}")
-        if not 0 <= success_rate <= 1 or max_steps < 1:
-            raise ValueError(f"success_rate {success_rate} is not in [0, 1] or max_steps {max_steps} below 1")
+        is_map = len(set(map(len, desc))) == 1 and set(tiles) <= set("SFHG") and tiles.count("S") == 1
+        if not (is_map and 0 <= success_rate <= 1 and max_steps >= 1):
+            raise ValueError(f"no lake: map {desc}, success_rate {success_rate}, max_steps {max_steps}")
         self.tiles, self.rows, self.columns, self.state = tiles, len(desc), len(desc[0]), tiles.index("S")
-        self.success_rate, self.max_steps, self.step_cost = success_rate, max_steps, step_cost
-        self.invalid_penalty, self.coordinates, self.think = invalid_penalty, coordinates, think
-        self.rng, self.steps, self.success = rng or np.random.default_rng(), 0, False
+        self.success_rate, self.max_steps, self.invalid_penalty = success_rate, max_steps, invalid_penalty
+        self.rng, self.coordinates, self.think = rng or np.random.default_rng(), coordinates, think
+        self.steps, self.success = 0, False
 
     def transitions(self, state, action):
         """T and r: [(probability, next_state, reward, terminated), ...] of an action; goal, hole absorb."""
@@ -145,16 +131,16 @@ class FrozenLake:
     def step(self, text):
         """Play an answer: (reward, done, valid). One uniform draw decides where a valid action ends."""
         self.steps += 1
-        action, reward, done = parse_action(text), -self.step_cost, False
+        action = parse_action(text)
         if action is None:
-            return reward - self.invalid_penalty, self.steps == self.max_steps, False
+            return -self.invalid_penalty, self.steps == self.max_steps, False
         u = self.rng.random()
-        for probability, state, gain, done in self.transitions(self.state, action):
+        for probability, state, reward, done in self.transitions(self.state, action):
             u -= probability
             if u < 0:
                 break
         self.state, self.success = state, self.tiles[state] == "G"
-        return reward + gain, done or self.steps == self.max_steps, True
+        return reward, done or self.steps == self.max_steps, True
 
     @property
     def instructions(self):
@@ -174,9 +160,7 @@ Answer with {thoughts}<action>WORD</action>, where WORD is left, down, right or 
 
     def success_bounds(self):
         """P(goal within max_steps) from the start: (of the optimal policy, of a uniformly random one).
-
-        Value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
-        """
+        Value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s') V(s'))."""
         kernel = np.zeros((4, len(self.tiles), len(self.tiles)))  # (action, state, next state)
         for action, state in np.ndindex(kernel.shape[:2]):
             for probability, target, _, _ in self.transitions(state, action):

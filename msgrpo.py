@@ -30,7 +30,7 @@ gamma = 1, both are the same number. The std rescales groups, and AAW follows su
 instead: a deliberate bias.
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -38,11 +38,8 @@ import torch
 
 
 class Game(Protocol):
-    """One episode of a text-mediated stochastic game (TSMG)."""
-    instructions: str  # the same in every episode that is played together
-    max_steps: int
-    success: bool  # was the goal reached?
-    rng: np.random.Generator  # of everything random in this episode, the policy's samples included
+    """One episode of a text-mediated stochastic game (TSMG). It also has `success`, whether the goal has been
+    reached, and `rng`, a numpy Generator of everything random in it, the policy's samples included."""
 
     def observation(self) -> str:
         """phi: the current state as text."""
@@ -51,57 +48,45 @@ class Game(Protocol):
         """Play an answer: (reward, done, valid)."""
 
 
+class Policy(Protocol):
+    """A language-agent policy (LAP): a language model, with the game's instructions before every prompt, that
+    says at most `max_new_tokens` at a time."""
+
+    def act(self, observations: list[str], uniforms: np.ndarray | None) -> list[tuple]:
+        """Answer each observation: the first five fields of its Step. uniforms (observations, max_new_tokens)
+        in [0, 1) decide the samples; None: greedy."""
+
+    def score(self, steps: list["Step"]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities, with gradient, and entropies of all response tokens in order, each (tokens,)."""
+
+
 @dataclass
 class Step:
-    """One answer: what was seen and said, in the very tokens that were sampled."""
+    """An answer, in the very tokens that were sampled, and what came of it. An episode is a list of steps."""
     prompt: tuple[int, ...]  # behind the instructions
     response: tuple[int, ...]  # the end token included, where there is one
     logprobs: list[float] = ()  # of the response when it was sampled
     text: str = ""
     truncated: bool = False  # the limit came before an end token
     reward: float = 0.0
+    done: bool = False
     valid: bool = False
-    credit: float = 0.0  # what each of its tokens is paid
-
-
-class Policy(Protocol):
-    """A language-agent policy (LAP): a language model, with its instructions before every prompt."""
-    max_new_tokens: int
-
-    def act(self, observations: list[str], uniforms: np.ndarray | None) -> list[tuple]:
-        """Answer each observation: the first five fields of its Step. uniforms (observations, max_new_tokens)
-        in [0, 1) decide the samples; None: greedy."""
-
-    def score(self, steps: list[Step]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities, with gradient, and entropies of all response tokens in order, each (tokens,)."""
-
-
-@dataclass
-class Episode:
-    steps: list[Step] = field(default_factory=list)
     success: bool = False
-
-    @property
-    def total_reward(self):
-        """The episode's return R."""
-        return sum(step.reward for step in self.steps)
+    credit: float = 0.0  # what each token of the response is paid
 
 
 def play(policy, games, greedy=False):
     """The games' episodes, played to their ends in lockstep, one batch of answers a step; ended ones leave.
     An episode's samples come from its game's own generator, so they do not depend on what else is played."""
-    episodes = [Episode() for _ in games]
+    episodes = [[] for _ in games]
     live = list(zip(games, episodes))
     while live:
         uniforms = None if greedy else np.stack([game.rng.random(policy.max_new_tokens) for game, _ in live])
-        answers, playing, live = policy.act([game.observation() for game, _ in live], uniforms), live, []
-        for answer, (game, episode) in zip(answers, playing):
-            step = Step(*answer)
-            step.reward, done, step.valid = game.step(step.text)
-            episode.steps.append(step)
-            episode.success = game.success
-            if not done:
-                live.append((game, episode))
+        answers = policy.act([game.observation() for game, _ in live], uniforms)
+        for (game, episode), answer in zip(live, answers):
+            text = answer[3]
+            episode.append(Step(*answer, *game.step(text), game.success))
+        live = [(game, episode) for game, episode in live if not episode[-1].done]
     return episodes
 
 
@@ -115,10 +100,11 @@ def episode_advantages(returns, normalize_std=True):
     return advantages.masked_fill((returns == returns[:, :1]).all(1, keepdim=True), 0.0)
 
 
-def step_credit(episode, advantage, gamma=1.0):
-    """gamma^(T - 1 - t) * A for t = 0 .. T - 1: a list. gamma = 1 is MS-GRPO, 0 pays the last step alone."""
-    last = len(episode.steps) - 1
-    return [advantage * gamma ** (last - t) for t in range(last + 1)]
+def assign_credit(episodes, advantages, gamma=1.0):
+    """Pay step t of episode i gamma^(T_i - 1 - t) A_i: gamma = 1 is MS-GRPO, 0 pays the last step alone."""
+    for episode, advantage in zip(episodes, advantages.tolist()):
+        for distance, step in enumerate(reversed(episode)):
+            step.credit = advantage * gamma ** distance
 
 
 def aaw_probabilities(advantages):
@@ -160,7 +146,7 @@ def rescore(policy, episodes, budget=16384):
     """Replace the sampled log-probabilities by those of `policy.score`; returns the mean absolute difference.
     For rollouts whose numerics are not those of training: a ratio must be 1 before the first update."""
     gaps = []
-    for batch in micro_batches([step for episode in episodes for step in episode.steps], budget):
+    for batch in micro_batches([step for episode in episodes for step in episode], budget):
         scored = iter(policy.score(batch)[0].tolist())
         for step in batch:
             sampled, step.logprobs = step.logprobs, [next(scored) for _ in step.response]
@@ -168,20 +154,17 @@ def rescore(policy, episodes, budget=16384):
     return sum(gaps) / max(1, len(gaps))
 
 
-def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, entropy_coef=0.0, budget=16384,
-                        share=list, processes=1):
+def accumulate_gradient(policy, episodes, *, clip=.2, entropy_coef=0.0, budget=16384, share=list, world=1):
     """Add the gradient of one update's loss to the parameters' .grad; returns means over its tokens, a dict.
     The denominator is the number of response tokens of all these episodes, so the split into micro-batches
     changes nothing; steps without credit cost no forward pass unless the entropy term needs them.
-    share: this process's part of a list. All make the same number of passes, with a step of no weight where
-    there is none left; their gradients are to be averaged, their means to be added."""
-    for episode, advantage in zip(episodes, advantages):
-        for step, credit in zip(episode.steps, step_credit(episode, float(advantage), gamma)):
-            step.credit = credit
-    steps = [step for episode in episodes for step in episode.steps]
+    share: this process's part of a list, of `world` processes. All make the same number of passes, with a
+    step of no weight where there is none left; gradients are to be averaged, means to be added."""
+    steps = [step for episode in episodes for step in episode]
     scored = [step for step in steps if step.credit or entropy_coef]
-    tokens, sums = sum(len(step.response) for step in steps), torch.zeros(4, dtype=torch.float64)
-    for batch in micro_batches(scored, budget * processes):
+    tokens, n = (sum(len(step.response) for step in x) for x in (steps, scored))
+    means = torch.zeros(4, dtype=torch.float64)
+    for batch in micro_batches(scored, budget * world):
         mine = share(batch)
         weight, batch = float(len(mine) > 0), mine or batch[:1]
         logprobs, entropies = policy.score(batch)
@@ -190,9 +173,7 @@ def accumulate_gradient(policy, episodes, advantages, *, clip=.2, gamma=1.0, ent
         objective, clipped = clipped_objective(logprobs, old, credit, clip)
         gap = (logprobs.detach() - old).abs()
         loss = -(objective + entropy_coef * (gap <= math.log1p(clip)) * entropies).sum() / tokens
-        (loss * weight * processes).backward()
-        parts = torch.stack([loss * tokens, entropies.sum(), clipped.sum(), gap.sum()])
-        sums += weight * parts.detach().cpu()
-    n = sum(len(step.response) for step in scored)
-    means = [total / max(1, count) for total, count in zip(sums.tolist(), (tokens, n, n, n))]
-    return dict(zip(("loss", "entropy", "clip_share", "logprob_gap"), means)) | {"tokens": tokens}
+        (loss * weight * world).backward()
+        parts = torch.stack([loss, *(x.sum() / n for x in (entropies, clipped, gap))])
+        means += weight * parts.detach().cpu()
+    return dict(zip(("loss", "entropy", "clip_share", "logprob_gap"), means.tolist())) | {"tokens": tokens}

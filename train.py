@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -23,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -53,7 +51,6 @@ class Settings:
     groups: int = setting(2, "groups an iteration, each on its own map [author]", 1)
     group_size: int = setting(16, "episodes a group, all from the same start [author]", 2)
     replay: float = setting(0.0, "share of groups on maps where an episode failed when last played", 0, 1)
-    explore: bool = setting(False, "fill AAW's draw with lost groups' episodes, for their entropy")
     sampling: str = setting("aaw", "of episodes: aaw, uniform or all", choices=("aaw", "uniform", "all"))
     keep: float = setting(.5, "share of the episodes that aaw and uniform draw", 1e-9, 1)
     update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
@@ -62,17 +59,14 @@ class Settings:
     clip: float = setting(.2, "of the ratio, on both sides [author]")
     max_gap: float = setting(.15, "mean |log ratio| of an update at which the iteration's updates end")
     entropy_coef: float = setting(.001, "of the entropy bonus, per token in nats [author]")
-    learning_rate: float = setting(1e-6, "of AdamW [author]")
-    final_learning_rate: float = setting(1.0, "share of it left by linear decay; 1: constant [author]", 0, 1)
-    beta2: float = setting(.999, "of AdamW", 0, .9999999)
-    weight_decay: float = setting(.01, "of AdamW [author]")
+    learning_rate: float = setting(1e-6, "of AdamW, after a ramp of ten iterations [author]")
+    final_rate: float = setting(1.0, "share of it that linear decay leaves; 1: constant [author]", 0, 1)
     grad_clip: float = setting(1.0, "largest norm of a gradient [author]")
     temperature: float = setting(1.25, "of sampling and of scoring alike [author]", 1e-6)
     max_new_tokens: int = setting(0, "of an answer; 0: 16, with --think 256 [author]")
     think: bool = setting(False, "ask for thoughts and a plan before the action")
     coordinates: bool = setting(False, "name the positions above the grid")
     invalid_penalty: float = setting(0.0, "taken off for an invalid answer ([author]: 1, and moved left)")
-    step_cost: float = setting(0.0, "taken off at every step")
     micro_batch_tokens: int = setting(16384, "tokens of one forward and backward pass, about", 1)
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     dtype: str = setting(DTYPE, "of passes here, float32 or bfloat16", choices=("float32", "bfloat16"))
@@ -92,19 +86,16 @@ class Settings:
 
     def lake(self, desc, *key, scenario=None):
         """The game on one map, with this run's text and rewards; its random numbers follow from the key."""
-        s = SCENARIOS[scenario or self.scenario]
-        return FrozenLake(desc, s.success_rate, s.max_steps, generator(*key), self.invalid_penalty,
-                          self.step_cost, self.coordinates, self.think)
+        return FrozenLake(desc, *SCENARIOS[scenario or self.scenario][2:], generator(*key),
+                          self.invalid_penalty, self.coordinates, self.think)
 
 
 TINY = dict(  # what differs for a model that is born here, and why
     iterations=200, groups=64, group_size=32, update_episodes=64,  # from nothing it takes more
-    # Soon most groups are all alike and teach nothing, the policy is sure of what it does on the last maps
-    # that it always fails, and the std blows up groups that are nearly all alike.
-    replay=.5, explore=True, normalize_std=False,
+    replay=.5, normalize_std=False,  # most groups are soon alike; the std blows up those that nearly are
     entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty the answers' form
     # Gradients grow tenfold when the model begins to look at the map.
-    learning_rate=1e-3, final_learning_rate=.05, beta2=.99, grad_clip=.1, weight_decay=0.0,
+    learning_rate=1e-3, final_rate=.05, grad_clip=.1,
     temperature=1.0, max_new_tokens=3, dtype="float32", device="cpu", threads=2, warmup_steps=250)
 
 
@@ -127,7 +118,7 @@ def gather(items):
     """The lists of all processes as one, in their order."""
     parts = [items] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(parts, items)
+        torch.distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
 
@@ -136,27 +127,10 @@ def whole(tensor):
     return tensor.full_tensor() if WORLD > 1 else tensor
 
 
-def shard(model, dtype):
-    """Let each process hold a part of every weight, gradient and moment (FSDP2), and average gradients."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for module in (*model.model["layers"], model):
-        fully_shard(module, mp_policy=policy)
-    return model
-
-
-def join():
-    """Meet the other processes, of which the first alone speaks."""
-    if DEVICE == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo")
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-
-
 class Learner:
-    """Float32 weights with their Adam moments, and the `model` in the run's dtype that plays and learns.
-    An update of relative size 1e-6 vanishes in bfloat16. So a bfloat16 model is a copy that hands on its
-    gradients as they come, and takes over the weights, which are what is saved, after each update."""
+    """Float32 weights, the `master`, with their Adam moments, and the `model` in the run's dtype that plays
+    and learns: a copy, as an update of relative size 1e-6 would vanish in bfloat16. It hands on its gradients
+    as they come, and takes over the weights after each update. Several processes train the `master`."""
 
     def __init__(self, settings):
         self.settings = s = settings
@@ -164,17 +138,17 @@ class Learner:
         model, self.tokenizer = lm.load_pretrained(s.checkpoint) if s.checkpoint else tiny_start(s)
         lm.ensure(self.tokenizer, f"{s.checkpoint} has no tokenizer.json: there is no text without one")
         with lm.blaming(f"--device {s.device}"):
-            self.master = self.model = model.to(s.device)
-        dtype = getattr(torch, s.dtype)
-        if s.dtype != "float32" or WORLD > 1:
-            self.model = copy.deepcopy(model).to(dtype)
-        self.trained = shard(model, dtype) if WORLD > 1 else self.model
-        if self.trained is not self.master:
+            self.master, dtype = model.to(s.device), getattr(torch, s.dtype)
+        self.model = copy.deepcopy(model).to(dtype)
+        self.trained = model if WORLD > 1 else self.model
+        if WORLD > 1:  # FSDP2: each holds a part of all weights, gradients, moments; gradients are averaged
+            for module in (*model.model["layers"], model):
+                fully_shard(module, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+        else:
             for weight, low in zip(self.master.parameters(), self.model.parameters()):
                 low.register_post_accumulate_grad_hook(lambda low, weight=weight: hand_on(low, weight))
         self.trained.recompute = s.recompute
-        self.optimizer = torch.optim.AdamW(self.master.parameters(), betas=(.9, s.beta2),
-                                           weight_decay=s.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.master.parameters(), betas=(.9, .99), fused=True)
 
     @torch.no_grad()
     def refresh(self):
@@ -192,25 +166,24 @@ class Learner:
         return norm
 
     def state(self):
-        """Weights and moments, whole, on the CPU: of all processes the first has them."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return dict(zip(("model", "optimizer"), get_state_dict(self.master, self.optimizer, options=options)))
+        """(weights, moments), whole, on the CPU: of all processes the first has them."""
+        return get_state_dict(self.master, self.optimizer,
+                              options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def load(self, model, optimizer):
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)
         set_state_dict(self.master, self.optimizer, model_state_dict=model, optim_state_dict=optimizer,
-                       options=options)
+                       options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1))
         self.refresh()
 
-    def agent(self, instructions):
-        """The policy of the weights as they are, which reads these instructions before every state."""
+    def agent(self, instructions, model=None):
+        """The policy of the model, which reads these instructions before every state."""
         s = self.settings
-        limit = s.max_new_tokens or (256 if s.think else 16)
-        return lm.LanguageAgent(self.model, self.tokenizer, instructions, s.temperature, limit, s.think)
+        n = s.max_new_tokens or (256 if s.think else 16)
+        return lm.LanguageAgent(model or self.model, self.tokenizer, instructions, s.temperature, n, s.think)
 
 
 def hand_on(low, weight):
-    """Add the gradient of a bfloat16 parameter to that of its float32 weight, and free it."""
+    """Add the gradient of a parameter of the model to that of its float32 weight, and free it."""
     weight.grad = low.grad.float() if weight.grad is None else weight.grad.add_(low.grad)
     low.grad = None
 
@@ -221,31 +194,27 @@ def tiny_start(settings):
     for name, s in SCENARIOS.items():
         texts.append(settings.lake(frozenlake.random_map(s.size, 1, generator()), scenario=name).instructions)
     tokenizer = lm.tiny_tokenizer(texts, "</action>")
+    torch.manual_seed(settings.seed)
     model = lm.Transformer(lm.Config(
         "llama", tokenizer.size, hidden_size=48, intermediate_size=96, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=12, rope_theta=1e2, tie_word_embeddings=True))
-    torch.manual_seed(settings.seed)
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:  # a layer keeps its input's size, a branch adds a part, embeddings are small
-            branch = 6 ** -.5 if "o_proj" in name or "down_proj" in name else 1.0
-            torch.nn.init.normal_(weight, std=.02 if "embed" in name else branch * weight.shape[1] ** -.5)
+    torch.nn.init.normal_(model.model["embed_tokens"].weight, std=.02)  # a tied head wants them small
     return model, tokenizer
 
 
 def warm_up(agent, learner):
     """For want of pretraining: next-token prediction on states of training maps, answered *uniformly at
     random*. It teaches to read and to speak, not to play: `evaluate` then measures both."""
-    s, skip = learner.settings, len(agent.instructions)
+    s = learner.settings
     for i in range(s.warmup_steps):
-        rng, rows = generator(s.seed, i), []
+        rng, steps = generator(s.seed, i), []
         for _ in range(64):
             lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], rng))
             lake.state = int(rng.choice([state for state, tile in enumerate(lake.tiles) if tile in "SF"]))
             answer = learner.tokenizer.encode(f"<action>{rng.choice(frozenlake.ACTIONS)}</action>")
-            rows.append([*agent.instructions, *agent.encode(lake.observation()), *answer])
-        ids, lengths = lm.pad(rows, s.device)
-        logits, real = learner.trained(ids)[:, skip - 1:-1], lm.within(lengths, ids.shape[1])[:, skip:]
-        torch.nn.functional.cross_entropy(logits[real], ids[:, skip:][real]).backward()
+            text = (*agent.encode(lake.observation()), *answer)
+            steps.append(msgrpo.Step(text[:1], text[1:]))
+        (-agent.score(steps)[0].mean()).backward()
         learner.update(3e-3 * min(1, (i + 1) / 10, 2 * (1 - i / s.warmup_steps)))
 
 
@@ -259,8 +228,8 @@ def evaluate(learner, name, greedy=True):
         [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(n)], np.full(n, 1 / n))
     lakes = [s.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
     episodes = gather(msgrpo.play(learner.agent(lakes[0].instructions), share(lakes), greedy))
-    success = np.array([episode.success for episode in episodes], float)
-    mean, valid = float(weights @ success), [step.valid for episode in episodes for step in episode.steps]
+    success = np.array([episode[-1].success for episode in episodes], float)
+    mean, valid = float(weights @ success), [step.valid for episode in episodes for step in episode]
     optimal, uniform = (weights @ np.array([lake.success_bounds() for lake in lakes])).tolist()
     half = 0.0 if exact and greedy else 1.96 * (mean * (1 - mean) / len(maps)) ** .5
     figures = {"success": mean, "half_interval": half, "unweighted": float(success.mean()), "random": uniform,
@@ -269,39 +238,34 @@ def evaluate(learner, name, greedy=True):
     return figures
 
 
-def iterate(agent, learner, iteration, failed):
+def iterate(agent, trainee, learner, iteration, failed):
     """Play, compare, draw and learn once, the steps 1 to 6 of msgrpo.py; returns the iteration's metrics.
-    failed: the last 256 training maps on which an episode failed, kept up to date here. A group whose
-    episodes are all alike teaches nothing; so `replay` of the groups return to maps not yet solved."""
+    agent plays, trainee has the weights that are trained; failed: the last 256 training maps on which an
+    episode failed, kept up to date here. A group whose episodes are all alike teaches nothing; so `replay` of
+    the groups return to maps not yet solved."""
     began, s, rng = time.perf_counter(), learner.settings, generator(learner.settings.seed, iteration, 0)
     old = min(len(failed), round(s.replay * s.groups))
     maps = [failed[i] for i in rng.permutation(len(failed))[:old]]
     maps += [frozenlake.draw_map(SCENARIOS[s.scenario], rng) for _ in range(s.groups - old)]
     games = [s.lake(maps[i], s.seed, iteration, i, j) for i in range(s.groups) for j in range(s.group_size)]
     agent.refresh()
-    episodes = gather(msgrpo.play(agent, share(games)))
-    returns = torch.tensor([episode.total_reward for episode in episodes]).view(s.groups, -1)
-    success = np.array([episode.success for episode in episodes]).reshape(s.groups, -1)
+    mine, low = msgrpo.play(agent, share(games)), s.dtype != "float32"
+    gap = np.mean(gather([msgrpo.rescore(agent, mine, s.micro_batch_tokens)])) if low else None
+    episodes = gather(mine)
+    returns = torch.tensor([sum(step.reward for step in episode) for episode in episodes]).view(s.groups, -1)
+    success = np.array([episode[-1].success for episode in episodes]).reshape(s.groups, -1)
     advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
-    count = max(1, round(s.keep * len(episodes)))
-    drawn = msgrpo.draw_episodes(advantages, s.sampling, count, rng)
-    lost = np.repeat(~success.any(1), s.group_size) & (advantages == 0).numpy()
-    lost = rng.permutation(np.flatnonzero(lost))[:s.explore * max(0, count - len(drawn))]
+    msgrpo.assign_credit(episodes, advantages, s.gamma)
+    drawn = msgrpo.draw_episodes(advantages, s.sampling, max(1, round(s.keep * len(episodes))), rng)
     # An update sees some episodes of each of many groups; those of a group side by side share their states.
-    chosen = np.array(sorted([*drawn, *lost], key=lambda i: (i % s.group_size // 8, i)), int)
+    drawn = np.array(sorted(drawn, key=lambda i: (i % s.group_size // 8, i)), int)
 
-    decay = 1 - (iteration - 1) / s.iterations * (1 - s.final_learning_rate)
-    rate = s.learning_rate * min(1, iteration / 10) * decay  # a ramp first: Adam knows little yet
-    gap, updates, trainee, batch = None, [], copy.copy(agent), [episodes[i] for i in chosen]
-    trainee.model = learner.trained
-    if s.dtype != "float32":
-        gap = np.mean(gather([msgrpo.rescore(agent, share(batch), s.micro_batch_tokens)]))
-        batch = gather(share(batch))
-    batch = dict(zip(chosen, batch))
-    for part in np.array_split(chosen, max(1, round(len(chosen) / s.update_episodes))) if len(chosen) else ():
+    rate = s.learning_rate * np.interp(iteration, [0, 10, max(11, s.iterations)], [0, 1, s.final_rate])
+    updates = []
+    for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if len(drawn) else ():
         parts = gather([msgrpo.accumulate_gradient(
-            trainee, [batch[i] for i in part], advantages[part], clip=s.clip, gamma=s.gamma, share=share,
-            entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens, processes=WORLD)])
+            trainee, [episodes[i] for i in part], clip=s.clip, entropy_coef=s.entropy_coef,
+            budget=s.micro_batch_tokens, share=share, world=WORLD)])
         means = {key: sum(part[key] for part in parts) for key in parts[0]} | {"tokens": parts[0]["tokens"]}
         if means["logprob_gap"] > s.max_gap:  # far enough from the policy that played
             learner.optimizer.zero_grad()
@@ -310,7 +274,7 @@ def iterate(agent, learner, iteration, failed):
 
     failed[:] = [desc for desc in failed if desc not in maps]
     failed[:] = (failed + [desc for desc, solved in zip(maps, success.all(1)) if not solved])[-256:]
-    steps, trained = [step for episode in episodes for step in episode.steps], [u["tokens"] for u in updates]
+    steps, trained = [step for episode in episodes for step in episode], [u["tokens"] for u in updates]
     generated = sum(len(step.response) for step in steps)
     of_updates = {key: np.average([update[key] for update in updates], weights=trained) if updates else None
                   for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")}
@@ -325,13 +289,13 @@ def iterate(agent, learner, iteration, failed):
         "tokens_per_second": (generated + sum(trained)) / (time.perf_counter() - began)}
 
 
-def progress_line(metrics, iterations):
-    """An iteration in one line that a person can follow."""
-    m, i, seconds = metrics, metrics["iteration"], metrics["seconds"]
+def progress_line(m, iterations):
+    """An iteration's metrics in one line that a person can follow."""
     shown = "success return steps valid truncated entropy zero_variance_groups clip_share grad_norm".split()
     shown = [f"{key.split('_')[0]} {np.nan if m[key] is None else m[key]:.3f}" for key in shown]
-    shown += [f"{m['tokens_per_second']:,.0f} tokens/s", f"{seconds:.0f} s gone"]
-    return "  ".join([f"{i:4d}/{iterations}", *shown, f"{seconds / i * (iterations - i):.0f} s left"])
+    left = m["seconds"] / m["iteration"] * (iterations - m["iteration"])
+    return (f"{m['iteration']:4d}/{iterations}  {'  '.join(shown)}  {m['tokens_per_second']:,.0f} tokens/s  "
+            f"{m['seconds']:.0f} s gone  {left:.0f} s left")
 
 
 def write(path, content):
@@ -344,50 +308,44 @@ def write(path, content):
 def train(learner, out):
     """Train to the last iteration, from state.pt where there is one; evaluate, save the model and sum up."""
     s, path, clock, stop = learner.settings, out / "state.pt", time.perf_counter(), []
-    agent = learner.agent(s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], generator())).instructions)
+    instructions = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], generator())).instructions
+    agent, trainee = learner.agent(instructions), learner.agent(instructions, learner.trained)
     if path.exists():
         with lm.blaming(path):
             state = torch.load(path, weights_only=True, map_location="cpu")
-            learner.load(state.pop("model"), state.pop("optimizer"))
+            learner.load(*state.pop("learner"))
         print(f"going on after iteration {len(state['history'])} of {s.iterations}")
     else:
-        warm_up(agent, learner)
+        warm_up(trainee, learner)
         print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; untrained, sampled:")
         state = {"before": evaluate(learner, "noslip", greedy=False), "failed": [], "history": []}
     history = state["history"]  # the lines of metrics.jsonl
     clock -= json.loads(history[-1])["seconds"] if history else 0
-    write(out / "metrics.jsonl", "".join(history))  # what came later comes again
-
-    def interrupt(*_):
-        signal.signal(signal.SIGINT, handler)
-        stop.append(print("stopping after this iteration; once more to stop at once", flush=True))
-    handler = signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, lambda *_: stop.extend([  # once more stops at once
+        signal.signal(signal.SIGINT, signal.default_int_handler), print("stopping after this iteration")]))
     for iteration in range(len(history) + 1, s.iterations + 1):
-        metrics = iterate(agent, learner, iteration, state["failed"])
+        metrics = iterate(agent, trainee, learner, iteration, state["failed"])
         if s.eval_every and iteration % s.eval_every == 0:
-            now = evaluate(learner, "noslip")
-            metrics |= {"unseen_success": now["success"], "unseen_success_unweighted": now["unweighted"]}
+            metrics["unseen_success"] = evaluate(learner, "noslip")["success"]
         metrics["seconds"] = time.perf_counter() - clock
         history.append(json.dumps(metrics, default=float) + "\n")
         write(out / "metrics.jsonl", "".join(history))
         print(progress_line(metrics, s.iterations), flush=True)
         stopped = any(gather([bool(stop)]))
         if stopped or iteration % s.checkpoint_every == 0 or iteration == s.iterations:
-            write(path, state | learner.state())
+            write(path, state | {"learner": learner.state()})
         if stopped:
             raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, handler)
-    weights = learner.state()["model"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    weights, _ = learner.state()
     if RANK == 0:
         lm.save_pretrained(out / "model", learner.master, learner.tokenizer, weights)
     scenarios = evaluate_all(learner)
-    unseen, log = scenarios["noslip"], [json.loads(line) for line in history]
+    unseen = scenarios["noslip"]
     write(out / "summary.json", json.dumps({
         "unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"],
         "random_success": unseen["random"], "optimal_success": unseen["optimal"], "scenarios": scenarios,
         "before": state["before"], "seed": s.seed, "iterations": s.iterations,
-        **{key: sum(metrics[key] for metrics in log) for key in ("generated_tokens", "trained_tokens")},
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "seconds": time.perf_counter() - clock}))
     play_one(learner)
     print(f"{time.perf_counter() - clock:.0f} s; see {out / 'summary.json'}, the model is in {out / 'model'}")
@@ -404,7 +362,7 @@ def play_one(learner, *_):
     lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], generator(s.seed), held_out=True), s.seed)
     agent = learner.agent(lake.instructions)
     print(f"\n{lake.instructions}\n")
-    for step in msgrpo.play(agent, [lake], greedy=True)[0].steps:
+    for step in msgrpo.play(agent, [lake], greedy=True)[0]:
         print(f"{agent.decode(step.prompt)}{step.text}{'' if step.valid else '  (invalid: no move)'}\n")
     print(f"{lake.observation()}\n{'reached' if lake.success else 'missed'} the goal in {lake.steps} steps\n")
 
@@ -415,8 +373,8 @@ VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
 TAKES = {"resume": set(), "eval": VIEW | {"eval_episodes"}, "play": VIEW | {"seed", "scenario"}}
 
 
-def parse(argv):
-    """(mode, its folder, {setting: value given}); ValueError on bad use."""
+def run(argv):
+    """One command. Raises ValueError or OSError, with a message of one line, on bad use or input."""
     parser = argparse.ArgumentParser(None, None, __doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda reason: lm.ensure(False, reason)  # in one line, like all other errors
@@ -433,21 +391,13 @@ def parse(argv):
     mode, folder = next((mode, Path(given.pop(mode))) for mode in ("tiny", *MODES) if mode in given)
     for name in given.keys() - TAKES.get(mode, given.keys()):
         parser.error(f"--{mode} takes no --{name.replace('_', '-')}")
-    return mode, folder, given
 
-
-def run(mode, folder, given):
-    """One command. Raises ValueError or OSError, with a message of one line, on bad input."""
     settings, out = Settings(**TINY if mode == "tiny" else {}), given.pop("out", None)
     if mode == "resume" or mode in TAKES and (folder / "settings.json").exists():
         with lm.blaming(folder / "settings.json"):
             settings = Settings(**lm.parse_json((folder / "settings.json").read_bytes()))
-    if mode == "resume" and (folder / "summary.json").exists():
-        return print(f"{folder} is complete: see its summary.json")
     if mode not in ("tiny", "resume"):
-        home = folder / "model" if (folder / "model").is_dir() else folder
-        lm.ensure((home / "config.json").is_file(), f"{home} is neither a run nor a model: no config.json")
-        given["checkpoint"] = str(home)
+        given["checkpoint"] = str(folder / "model" if (folder / "model").is_dir() else folder)
     learner = Learner(replace(settings, **given))  # before the folder is made: what cannot start leaves none
     if mode in TAKES:
         return {"resume": train, "eval": evaluate_all, "play": play_one}[mode](learner, folder)
@@ -464,8 +414,11 @@ def main(argv=None):
     """The command line: 0 for success, 2 for bad use or input, 130 where it was interrupted."""
     try:
         if WORLD > 1:
-            join()
-        run(*parse(argv))
+            if DEVICE == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.distributed.init_process_group()
+            sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # the first process alone speaks
+        run(argv)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
         error = "out of memory: lower --micro-batch-tokens or --group-size; results/memory.py tells the need"
