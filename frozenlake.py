@@ -84,8 +84,7 @@ def render(tiles, columns, state, coordinates):
     grid = "\n".join(" ".join(cells[i:i + columns]) for i in range(0, len(cells), columns))
     at = {symbol: ", ".join(f"({i // columns + 1}, {i % columns + 1})" for i, cell in enumerate(cells)
                             if cell == symbol) or "none" for symbol in "POG"}
-    where = f"(row, column) of you: {at['P']}; holes: {at['O']}; goal: {at['G']}\n"
-    return where + grid if coordinates else grid
+    return "(row, column) of you: {P}; holes: {O}; goal: {G}\n".format(**at) + grid if coordinates else grid
 
 
 def parse_action(text):
@@ -98,11 +97,11 @@ def parse_action(text):
 
 
 class FrozenLake:
-    """One episode of the game on one map. desc: rows of "SFHG" with one S; success_rate: probability of moving
-    as chosen (1 does not slip, 1/3 is Gymnasium's slippery default), otherwise to either side of it;
-    max_steps: the horizon H; rng: numpy Generator of the slips; invalid_penalty: subtracted for an invalid
-    answer, which moves nothing and uses a step; coordinates: name the positions above the grid; think: ask
-    for thoughts and a plan before the action. Raises ValueError for what is no map or no probability."""
+    """One episode of the game on one map. desc: rows of "SFHG" with one S; success_rate: P(moving as chosen),
+    else to either side of it: 1 does not slip, 1/3 is Gymnasium's slippery default; max_steps: the horizon H;
+    rng: numpy Generator of the slips; invalid_penalty: subtracted for an invalid answer, which moves nothing
+    and uses a step; coordinates: name the positions above the grid; think: ask for thoughts and a plan before
+    the action. Raises ValueError for what is no map or no probability."""
 
     def __init__(self, desc, success_rate=1.0, max_steps=8, rng=None, invalid_penalty=0.0,
                  coordinates=False, think=False):

@@ -108,7 +108,7 @@ class Transformer(nn.Module):
 
     def forward(self, ids, positions=None, attend=None, rows=None):
         """Logits of the next token: ids (batch, time) int64 -> (batch, time, vocabulary).
-        positions: (batch or 1, time), by default 0, 1, ...; attend(layer, q, k, v) in the place of `attention`;
+        positions: (batch or 1, time), by default 0, 1, ...; attend(layer, q, k, v): instead of `attention`;
         rows: indices into the flattened (batch * time), to have logits of these alone, (rows, vocabulary)."""
         x = self.model["embed_tokens"](ids)
         positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
@@ -284,14 +284,14 @@ def parse_json(data):
 def parse_config(data):
     """Config of config.json's bytes in either dialect, with transformers' defaults."""
     raw = parse_json(data)
+    raw = {"head_dim": 128} | raw if raw.get("model_type") == "qwen3" else raw
     raw |= (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
     raw = {key: value for key, value in raw.items() if value is not None}
     for key, values in SUPPORTED.items():  # `type` is the older name of rope_type
         ensure(key not in raw or raw[key] in values, f"{key} is {raw.get(key)!r:.99}, not among {values}")
     ensure({*raw.get("layer_types", ())} <= {"full_attention"}, "layer_types are not all full_attention")
     heads, llama3 = raw["num_attention_heads"], "llama3" in (raw.get("rope_type"), raw.get("type"))
-    size = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // heads
-    raw = {"num_key_value_heads": heads, "head_dim": size} | raw
+    raw = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads} | raw
     raw["attention_bias"] = raw["model_type"] != "qwen2" and raw.get("attention_bias", False)
     rope_keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     for key, kind in (FIELDS | dict.fromkeys(rope_keys, float)).items():

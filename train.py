@@ -142,8 +142,9 @@ class Learner:
         self.model = copy.deepcopy(model).to(dtype)
         self.trained = model if WORLD > 1 else self.model
         if WORLD > 1:  # FSDP2: each holds a part of all weights, gradients, moments; gradients are averaged
+            precision = MixedPrecisionPolicy(dtype, torch.float32)
             for module in (*model.model["layers"], model):
-                fully_shard(module, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+                fully_shard(module, mp_policy=precision, reshard_after_forward=True)
         else:
             for weight, low in zip(self.master.parameters(), self.model.parameters()):
                 low.register_post_accumulate_grad_hook(lambda low, weight=weight: hand_on(low, weight))
@@ -159,7 +160,7 @@ class Learner:
         """A step of AdamW on the gradients; returns their norm. Where that is not finite, nothing changes."""
         norm = whole(torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip)).item()
         if np.isfinite(norm):
-            self.optimizer.param_groups[0]["lr"] = learning_rate
+            self.optimizer.param_groups[0]["lr"] = float(learning_rate)
             self.optimizer.step()
             self.refresh()
         self.optimizer.zero_grad()
