@@ -204,7 +204,7 @@ class LanguageAgent:
             rows, new = branches // size, branches[:, None] % size
             if not torch.equal(rows, self.range(len(padding))):
                 past, padding = [[x[rows] for x in kv] for kv in past], padding[rows]
-        replies = [tuple(i for i in row if i >= 0) for row in tokens.tolist()]
+        replies = [tuple(row[:n]) for row, n in zip(tokens.tolist(), (tokens >= 0).sum(1).tolist())]
         return [(prompt, said, logs[:len(said)], self.decode(said), said[-1] not in self.tokenizer.end_ids)
                 for prompt, said, logs in zip(prompts, replies, logprobs.tolist())]
 
@@ -476,9 +476,7 @@ def load_pretrained(directory, dtype=torch.float32):
         with blaming(directory / "tokenizer.json"):
             tokenizer = Tokenizer(files["tokenizer.json"], ends, config.model_type)
             ensure(tokenizer.size <= config.vocab_size, f"{tokenizer.size} tokens exceed the vocab_size")
-    for name in tensors:
-        tensors[name] = tensors[name].to(dtype)
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict({name: tensors.pop(name).to(dtype) for name in [*tensors]}, assign=True)
     model.files = files
     return model, tokenizer
 

@@ -936,13 +936,14 @@ def test_every_flag_changes_something(name, found, few_maps):
 
 
 def test_flags_that_change_no_figure(found, few_maps, monkeypatch):
-    elsewhere = {"checkpoint", "checkpoint_every", "device", "threads", "recompute"}
+    elsewhere = {"explore", "checkpoint", "checkpoint_every", "device", "threads", "recompute"}
     assert {field.name for field in dataclasses.fields(train.Settings)} == CHANGES.keys() | elsewhere
     layers, threads = count_recomputed(monkeypatch), []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     found(*TWO, "--recompute", "--threads", 2)
     assert layers and threads == [2]
-    assert found(*TWO, "--invalid-penalty", 0.0)[0][0]["updates"] == 0  # all is lost: nothing to draw
+    lost = *TWO, "--invalid-penalty", 0.0  # all is lost: nothing to draw, but much to explore
+    assert found(*lost)[0][0]["updates"] == 0 < found(*lost, "--explore", 9)[0][0]["updates"]
     low, full = found(*TWO, "--dtype", "bfloat16")[0], found(*TWO)[0]
     assert low[0]["rollout_logprob_gap"] < .05 and full[0]["rollout_logprob_gap"] is None  # p_old is rescored
 
@@ -1077,6 +1078,12 @@ def two_processes(*argv):
     return ended.stdout
 
 
+def gradients(out):
+    """Adam's first moments at the end of a run: the gradients of its updates, averaged."""
+    state = torch.load(out / "state.pt", weights_only=True)["learner"][1]["state"]
+    return torch.cat([state[name]["exp_avg"].flatten() for name in sorted(state)])
+
+
 def test_two_processes_do_what_one_does(warm, few_maps, tmp_path):
     """With the same episodes: gradients, metrics and weights; and they go on with what one began."""
     one, two, began = (tmp_path / name for name in ("one", "two", "began"))
@@ -1094,6 +1101,7 @@ def test_two_processes_do_what_one_does(warm, few_maps, tmp_path):
             assert {key: found[key] for key in values} == pytest.approx(values, rel=1e-3, abs=1e-5)
         found = lm.read_safetensors(out / "model/model.safetensors")
         torch.testing.assert_close(found, weights, atol=1e-5, rtol=0)
+        assert (gradients(out) - gradients(one)).norm() < 1e-5 * gradients(one).norm()
 
 
 # Learning

@@ -51,6 +51,7 @@ class Settings:
     groups: int = setting(2, "groups an iteration, each on its own map [author]", 1)
     group_size: int = setting(16, "episodes a group, all from the same start [author]", 2)
     replay: float = setting(0.0, "share of groups on maps where an episode failed when last played", 0, 1)
+    explore: int = setting(0, "most episodes of lost groups that join the draw, for their entropy bonus")
     sampling: str = setting("aaw", "of episodes: aaw, uniform or all", choices=("aaw", "uniform", "all"))
     keep: float = setting(.5, "share of the episodes that aaw and uniform draw", 1e-9, 1)
     update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
@@ -92,11 +93,13 @@ class Settings:
 
 TINY = dict(  # what differs for a model that is born here, and why
     iterations=200, groups=64, group_size=32, update_episodes=64,  # from nothing it takes more
-    replay=.5, normalize_std=False,  # most groups are soon alike; the std blows up those that nearly are
+    # Soon most groups are all alike and teach nothing, the policy is sure of what it does on the last maps
+    # that it always fails, and the std blows up groups that are nearly all alike.
+    replay=.5, explore=512, normalize_std=False,
     entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty the answers' form
     # Gradients grow tenfold when the model begins to look at the map.
     learning_rate=1e-3, final_rate=.05, grad_clip=.1,
-    temperature=1.0, max_new_tokens=3, dtype="float32", device="cpu", threads=2, warmup_steps=250)
+    temperature=1.0, max_new_tokens=3, dtype="float32", device="cpu", threads=2, warmup_steps=300)
 
 
 def generator(*key):
@@ -258,6 +261,8 @@ def iterate(agent, trainee, learner, iteration, failed):
     advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
     msgrpo.assign_credit(episodes, advantages, s.gamma)
     drawn = msgrpo.draw_episodes(advantages, s.sampling, max(1, round(s.keep * len(episodes))), rng)
+    lost = np.flatnonzero(np.repeat(~success.any(1), s.group_size) & (advantages == 0).numpy())
+    drawn += rng.permutation(lost).tolist()[:s.explore]
     # An update sees some episodes of each of many groups; those of a group side by side share their states.
     drawn = np.array(sorted(drawn, key=lambda i: (i % s.group_size // 8, i)), int)
 
@@ -315,7 +320,6 @@ def train(learner, out):
         with lm.blaming(path):
             state = torch.load(path, weights_only=True, map_location="cpu")
             learner.load(*state.pop("learner"))
-        print(f"going on after iteration {len(state['history'])} of {s.iterations}")
     else:
         warm_up(trainee, learner)
         print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; untrained, sampled:")

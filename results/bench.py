@@ -118,7 +118,8 @@ class Ours:
         return self.agent.score(steps)[0]
 
     def update(self, steps, advantages):
-        msgrpo.accumulate_gradient(self.agent, [msgrpo.Episode([step]) for step in steps], advantages)
+        msgrpo.assign_credit([[step] for step in steps], torch.tensor(advantages))
+        msgrpo.accumulate_gradient(self.agent, [steps])
 
 
 class Theirs:
@@ -258,7 +259,7 @@ def compare(name, dtype, batch, states, args):
         sides = [side(directory, DTYPES[dtype], prefix, args.new) for side in (Ours, Theirs)]
         steps = [msgrpo.Step(prompt, tuple(answer)) for prompt, answer in
                  zip(prompts, sides[0].rollout(prompts), strict=True)]
-        msgrpo.rescore(sides[0].agent, [msgrpo.Episode(steps)])
+        msgrpo.rescore(sides[0].agent, [steps])
         record = {"model": name, "dtype": dtype, "batch": batch, "states": states, "prefix": len(prefix),
                   "prompt": statistics.mean(map(len, prompts)), "unequal_prompts": len(set(prompts)),
                   "unequal_answers": len({(step.prompt, step.response) for step in steps}),

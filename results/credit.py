@@ -4,6 +4,11 @@ And what does AAW buy? Training runs of the tiny model, and gradients measured a
     python results/credit.py                    all of it, about two hours on one core
     python results/credit.py --processes 2      one run per core; --report: tables and figures alone
 
+The rows in results/credit are of commit f146045. Since then the core became shorter: a step cost is put in
+here, as it is no setting of train.py any more; `explore` adds at most 512 episodes instead of filling the
+draw; the tiny model begins with torch's default weights; AdamW decays them. So a run of today gives other
+figures under the same protocol.
+
 Resumable: a run that is in runs.csv is not repeated; a kill loses the runs under way, no others. In
 results/credit/ are runs.csv (a row per run), curves.csv (points of their curves), gradients.csv, table.md
 and the figures.
@@ -94,12 +99,12 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT, CACHE = ROOT / "results/credit", ROOT / "runs/credit"
 COST, BUDGET, PAIRS, TUNING_SEEDS = .05, .8e6, ((1e-3, .05), (1e-3, .02), (1e-3, .005)), (100, 101)
 GROUP, PLAY, CREDIT, ADVANTAGES = (
-    train.TINY["group_size"], msgrpo.play, msgrpo.step_credit, msgrpo.episode_advantages)
+    train.TINY["group_size"], msgrpo.play, msgrpo.assign_credit, msgrpo.episode_advantages)
 ARMS = {  # what differs from the base
     "gamma 1": {}, "gamma .9": {"gamma": .9}, "gamma .7": {"gamma": .7}, "gamma .3": {"gamma": .3},
     "gamma 0": {"gamma": 0.0}, "uniform half": {"sampling": "uniform"}, "all": {"sampling": "all"},
-    "with std": {"normalize_std": True}, "no baseline": {}, "cost, whole": {"step_cost": COST},
-    "cost, to go": {"step_cost": COST}, "cost, to go, step mean": {"step_cost": COST},
+    "with std": {"normalize_std": True}, "no baseline": {},
+    "cost, whole": {}, "cost, to go": {}, "cost, to go, step mean": {},
     "6x6, gamma 1": {"scenario": "big"}, "6x6, gamma 0": {"scenario": "big", "gamma": 0.0}}
 COSTLY = ("cost, whole", "cost, to go", "cost, to go, step mean")
 GAMMAS, DRAWS = ("gamma 1", "gamma .7", "gamma 0"), ("gamma 1", "uniform half", "all")
@@ -120,32 +125,33 @@ POINT = ("iteration", "tokens", "success", "unweighted", "valid", "train_success
 
 def rewards_to_go(episode):
     """G_t for each step t."""
-    return np.cumsum([step.reward for step in episode.steps][::-1])[::-1]
+    return np.cumsum([step.reward for step in episode][::-1])[::-1]
 
 
-def to_go(episode, advantage, gamma):
+def to_go(episodes, advantages, gamma):
     """Reward to go: A - (rewards before t) = G_t - mean R."""
-    return [float(advantage - episode.total_reward + rest) for rest in rewards_to_go(episode)]
+    for episode, advantage in zip(episodes, advantages.tolist()):
+        rest = rewards_to_go(episode)
+        for step, later in zip(episode, rest):
+            step.credit = advantage - rest[0] + later
 
 
-def to_go_step_mean(episode, advantage, gamma):
-    """G_t - the mean of G_t over the episodes of the group that have a step t (see play_noting_means)."""
-    return [float(rest - mean) for rest, mean in zip(rewards_to_go(episode), episode.means)]
-
-
-def note_means(episodes):
+def to_go_step_mean(episodes, advantages, gamma):
+    """G_t - the mean of G_t over the episodes of the group that have a step t."""
     for i in range(0, len(episodes), GROUP):
         group = episodes[i:i + GROUP]
         rest = [rewards_to_go(episode) for episode in group]
         means = [np.mean([r[t] for r in rest if len(r) > t]) for t in range(max(map(len, rest)))]
-        for episode in group:
-            episode.means = means
-    return episodes
+        for episode, later in zip(group, rest):
+            for step, own, mean in zip(episode, later, means):
+                step.credit = own - mean
 
 
-def play_noting_means(policy, games, greedy=False):
+def play_at_a_cost(policy, games, greedy=False):
     episodes = PLAY(policy, games, greedy)
-    return episodes if greedy else note_means(episodes)
+    for step in itertools.chain(*episodes):
+        step.reward -= COST
+    return episodes
 
 
 def no_baseline(returns, normalize_std):
@@ -158,10 +164,10 @@ CREDITS = {"cost, to go": to_go, "cost, to go, step mean": to_go_step_mean}
 
 def prepare(arm, seed, **changes):
     """Settings of a run; what no setting gives is swapped in msgrpo."""
-    msgrpo.step_credit = CREDITS.get(arm, CREDIT)
-    msgrpo.play = play_noting_means if arm.endswith("step mean") else PLAY
+    msgrpo.assign_credit = CREDITS.get(arm, CREDIT)
+    msgrpo.play = play_at_a_cost if arm in COSTLY else PLAY
     msgrpo.episode_advantages = no_baseline if arm == "no baseline" else ADVANTAGES
-    return train.Settings(**train.TINY | {"final_learning_rate": 1.0, "seed": seed, "eval_episodes": 300}
+    return train.Settings(**train.TINY | {"final_rate": 1.0, "seed": seed, "eval_episodes": 300}
                           | ARMS[arm] | changes)
 
 
@@ -204,7 +210,7 @@ def begin(s):
         for iteration in itertools.count(1):
             if success >= .7 or tokens >= 3e6:
                 break
-            m = train.iterate(agent, learner, iteration, failed)
+            m = train.iterate(agent, agent, learner, iteration, failed)
             tokens, success = tokens + m["trained_tokens"], m["success"]
     cached("policy-4x4", learner, learn_4x4)
     learner.settings = s
@@ -221,7 +227,7 @@ def run(job):
     failed, points, recent, tokens, dead, done = [], [], [], 0, 0, False
     for iteration in itertools.count():
         if iteration:
-            recent.append(m := train.iterate(agent, learner, iteration, failed))
+            recent.append(m := train.iterate(agent, agent, learner, iteration, failed))
             tokens += m["trained_tokens"]
             dead = dead + 1 if m["zero_variance_groups"] == 1 else 0
             done = tokens >= budget and iteration >= horizon or iteration == 2 * horizon or dead == 5
@@ -314,16 +320,16 @@ def batch_gradients(agent, learner, s, batch):
     games = [s.lake(desc, 300, batch, i, j) for i, desc in enumerate(maps) for j in range(GROUP)]
     episodes, gradients, paid, mixed = PLAY(agent, games), [], 0, 0.0
     for credit, cost, gamma, sampling, advantages_of in ESTIMATORS.values():
-        for step in (step for episode in episodes for step in episode.steps):
+        for step in itertools.chain(*episodes):
             step.reward -= cost - paid
         paid = cost
-        returns = torch.tensor([episode.total_reward for episode in note_means(episodes)]).view(16, -1)
+        returns = torch.tensor([rewards_to_go(episode)[0] for episode in episodes]).view(16, -1).float()
         mixed = mixed or (returns != returns[:, :1]).any(1).float().mean().item()
         kwargs = {} if isinstance(advantages_of, functools.partial) else {"normalize_std": False}
         advantages = advantages_of(returns, **kwargs).flatten()
         drawn = msgrpo.draw_episodes(advantages, sampling, len(episodes) // 2, rng)
-        msgrpo.step_credit = credit
-        msgrpo.accumulate_gradient(agent, [episodes[i] for i in drawn], advantages[drawn], gamma=gamma)
+        credit(episodes, advantages, gamma)
+        msgrpo.accumulate_gradient(agent, [episodes[i] for i in drawn])
         gradients.append(torch.cat([p.grad.flatten() for p in learner.master.parameters()]).double())
         learner.optimizer.zero_grad(set_to_none=False)
     return torch.stack(gradients), mixed
@@ -350,7 +356,7 @@ def measure_gradients(batches=30):
         prepare("gamma 1", 200)
         while tokens < until:
             iteration += 1
-            tokens += train.iterate(agent, learner, iteration, failed)["trained_tokens"]
+            tokens += train.iterate(agent, agent, learner, iteration, failed)["trained_tokens"]
         agent.refresh()
         now = train.evaluate(learner, "noslip")
         gradients, mixed = zip(*(batch_gradients(agent, learner, s, batch) for batch in range(batches)))

@@ -4,7 +4,7 @@
     MALLOC_MMAP_THRESHOLD_=65536 python results/memory.py CONFIG --measure    also runs it here, to compare
 
 With P parameters, in bytes (train.Learner): float32 weights 4 P, gradients 4 P, Adam's two moments 8 P, all
-divided by --processes, which share them; the bfloat16 copy that plays and is differentiated 2 P, whole on
+divided by --processes, which share them; the copy that plays and is differentiated 2 P in bfloat16, whole on
 each. Gradients are there from an update's first backward pass to its end.
 
 What comes and goes is not written as formulas, which would age: model.py itself runs on torch's meta device,
@@ -13,7 +13,7 @@ where tensors have sizes and no contents, and every allocation is counted while 
     KV cache     2 layers kv_heads head_dim (shared + episodes (prompt - shared + new - 1)), dtype of the copy
     rollout      peak of the answers of all episodes, with the tables (episodes, vocabulary) to sample from
     activations  what the forward pass of the largest micro-batch keeps for its backward pass: the insides of
-                 every layer, attention weights (heads, tokens, shared + own slots) among them; or, with
+                 every layer, and each answer's copy of the keys and values before it, among them; or, with
                  --recompute, a layer's input, keys and values; and tables (response tokens, vocabulary)
     update       peak of this forward and backward pass. A weight's gradient waits in the copy's dtype (up to
                  2 P) until the answers, the prompts and the instructions have all added their parts
@@ -31,6 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -84,7 +85,7 @@ def rollout(model, args):
     """Peak of a batch's answers."""
     prompts = [(i,) * (args.prompt - args.shared) for i in range(args.episodes)]
     with Allocations() as memory:
-        agent(model, args).act(prompts, torch.zeros(args.episodes, args.new).tolist())
+        agent(model, args).act(prompts, np.zeros((args.episodes, args.new)))
     return memory.peak
 
 
@@ -108,12 +109,11 @@ def estimate(config, args):
     model.recompute = args.recompute
     for weight in model.parameters():  # float32 gradients are counted apart
         weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
-    count, copies = sum(weight.numel() for weight in model.parameters()), args.dtype != "float32"
-    size = 2 if copies else 4
+    count, size = sum(weight.numel() for weight in model.parameters()), 4 if args.dtype == "float32" else 2
     slots = args.shared + args.episodes * (args.prompt - args.shared + args.new - 1)
     kv_size = config.num_key_value_heads * config.head_dim * size
     sizes = {"weights": 4 * count / args.processes, "gradients": 4 * count / args.processes,
-             "moments": 8 * count / args.processes, "copy": 2 * count * copies,
+             "moments": 8 * count / args.processes, "copy": size * count,
              "KV cache": 2 * config.num_hidden_layers * kv_size * slots, "rollout": rollout(model, args)}
     sizes["activations"], sizes["update"] = micro_batch(model, args)
     state = sizes["weights"] + sizes["moments"] + sizes["copy"]
@@ -130,13 +130,13 @@ def measure(config, args):
     train.tiny_start = lambda settings: (master, True)
     learner = train.Learner(train.Settings(dtype=args.dtype, device="cpu", recompute=args.recompute))
     policy = agent(learner.model, args)
-    policy.act(prompts[:args.episodes], torch.rand(args.episodes, args.new).tolist())
+    policy.act(prompts[:args.episodes], np.random.default_rng(0).random((args.episodes, args.new)))
     prompts = prompts[:args.update_episodes * args.steps]
     ids = torch.randint(config.vocab_size, (len(prompts), args.new)).tolist()
     steps = [msgrpo.Step(prompt, tuple(ids[i]), [0.0] * args.new) for i, prompt in enumerate(prompts)]
+    msgrpo.assign_credit([steps], torch.ones(1))
     for _ in range(2):  # the first makes the moments
-        msgrpo.accumulate_gradient(policy, [msgrpo.Episode(steps)], [1.0], entropy_coef=.001,
-                                   budget=args.micro_batch_tokens)
+        msgrpo.accumulate_gradient(policy, [steps], entropy_coef=.001, budget=args.micro_batch_tokens)
         learner.update(1e-6)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
