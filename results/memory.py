@@ -46,7 +46,7 @@ UNIQUE, EQUAL, TOLIST = torch.Tensor.unique, torch.equal, torch.Tensor.tolist
 torch.Tensor.unique = lambda x, **kwargs: (x, torch.arange(len(x), device="meta")) if x.is_meta else (
     UNIQUE(x, **kwargs))
 torch.equal = lambda a, b: not a.is_meta and EQUAL(a, b)
-torch.Tensor.tolist = lambda x: TOLIST(torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else x)
+torch.Tensor.tolist = lambda x: TOLIST(torch.ones(x.shape, dtype=x.dtype) if x.is_meta else x)
 GIB = 2 ** 30
 
 
