@@ -226,7 +226,8 @@ class LanguageAgent:
             (q, *kv), (q1, *kv1), (q2, *kv2) = (
                 [x.unflatten(1, shape).transpose(0, 1) for x in part] for part, shape in zip(parts, shapes))
             kv1 = [torch.cat([x.expand(len(y), -1, -1, -1), y], 2) for x, y in zip(kv, kv1)]
-            kv2 = [torch.cat([x[parent], y], 2) for x, y in zip(kv1, kv2)]
+            # Not x[parent], whose gradient threads add up in the order in which they happen to come.
+            kv2 = [torch.cat([x.index_select(0, parent), y], 2) for x, y in zip(kv1, kv2)]
             out = attention(q, *kv), attention(q1, *kv1, seen1), attention(q2, *kv2, seen2)
             return torch.cat([x.flatten(0, 1) for x in out])[None]
 
