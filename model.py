@@ -213,8 +213,8 @@ class LanguageAgent:
         packs the tree: the instructions, the prompts, and the answers to them without their last tokens."""
         answers = numbered((step.prompt, step.response) for step in steps)
         prompts, padding, parent = self.rows([prompt for prompt, _ in answers])
-        width = max(len(response) for _, response in answers)
-        replies = self.tensor([[*response] + [-1] * (width - len(response)) for _, response in answers])
+        longest = max(len(response) for _, response in answers)
+        replies = self.tensor([[*response] + [-1] * (longest - len(response)) for _, response in answers])
         nodes = self.tensor([self.instructions]), prompts, replies[:, :-1].clamp(min=0)
         shapes, sizes = [node.shape for node in nodes], [node.numel() for node in nodes]
         (_, head), (_, width), (_, time) = shapes

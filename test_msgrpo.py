@@ -394,6 +394,18 @@ def test_padding_changes_nothing():
     torch.testing.assert_close([*agent.score(steps)], apart, atol=1e-5, rtol=0)
 
 
+def test_two_threads_repeat_a_gradient_bit_for_bit():
+    agent, found = corridor_agent(), []
+    steps = [msgrpo.Step((4, 6, 2, goal), answer)  # each thread's part adds to the same prompts
+             for answer in itertools.product(range(Words.size), repeat=3) for goal in (0, 1)]
+    torch.set_num_threads(2)
+    for _ in range(6):
+        agent.model.zero_grad()
+        agent.score(steps)[0].square().sum().backward()
+        found.append(gradient(agent.model))
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 def test_only_steps_with_credit_cost_a_forward_pass():
     agent, seen = corridor_agent(), []
     episodes, score = msgrpo.play(agent, corridors(6)), agent.score
@@ -944,6 +956,8 @@ def test_flags_that_change_no_figure(found, few_maps, monkeypatch):
     assert layers and threads == [2]
     lost = *TWO, "--invalid-penalty", 0.0  # all is lost: nothing to draw, but much to explore
     assert found(*lost)[0][0]["updates"] == 0 < found(*lost, "--explore", 9)[0][0]["updates"]
+    whole = *lost, "--sampling", "all"  # has them already
+    assert found(*whole, "--explore", 9) == found(*whole)
     low, full = found(*TWO, "--dtype", "bfloat16")[0], found(*TWO)[0]
     assert low[0]["rollout_logprob_gap"] < .05 and full[0]["rollout_logprob_gap"] is None  # p_old is rescored
 

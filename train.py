@@ -262,7 +262,7 @@ def iterate(agent, trainee, learner, iteration, failed):
     msgrpo.assign_credit(episodes, advantages, s.gamma)
     drawn = msgrpo.draw_episodes(advantages, s.sampling, max(1, round(s.keep * len(episodes))), rng)
     lost = np.flatnonzero(np.repeat(~success.any(1), s.group_size) & (advantages == 0).numpy())
-    drawn += rng.permutation(lost).tolist()[:s.explore]
+    drawn += rng.permutation(lost).tolist()[:s.explore * (s.sampling == "aaw")]  # which draws none of them
     # An update sees some episodes of each of many groups; those of a group side by side share their states.
     drawn = np.array(sorted(drawn, key=lambda i: (i % s.group_size // 8, i)), int)
 
