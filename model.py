@@ -59,12 +59,19 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-def attention(q, k, v, seen=None):
-    """Each token sees what is `seen` (batch, 1, time, slots) of its row's keys and values, by default its
-    row up to itself: q (batch, heads, time, head_dim), k and v (batch, kv_heads, slots, head_dim) -> (batch,
-    time, heads * head_dim)."""
-    out = nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=True)
-    return out.transpose(1, 2).flatten(2)
+def attention(q, k, v, seen=None, shared=None):
+    """Each token sees what is `seen` (batch, 1, time, slots) of its row's keys and values, by default its row
+    up to itself, and all of the keys and values `shared` by the rows, of batch size 1: q (batch, heads, time,
+    head_dim), k and v (batch, kv_heads, slots, head_dim) -> (batch, time, heads * head_dim)."""
+    if shared is None:
+        out = nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+    q, lengths = (q * q.shape[3] ** -.5).unflatten(1, (k.shape[1], -1)), [shared[0].shape[2], k.shape[2]]
+    scores = torch.cat([torch.einsum("bkgtd,xksd->bkgts", q, shared[0]), torch.einsum(
+        "bkgtd,bksd->bkgts", q, k).masked_fill(~seen[:, None], -torch.inf)], -1)
+    common, own = scores.softmax(-1).split(lengths, -1)
+    return (torch.einsum("bkgts,xksd->btkgd", common, shared[1])
+            + torch.einsum("bkgts,bksd->btkgd", own, v)).flatten(2)
 
 
 class Block(nn.Module):
@@ -161,11 +168,11 @@ class LanguageAgent:
         return ids.clamp(min=0), (ids < 0).sum(1), self.tensor([index[prompt] for prompt in prompts])
 
     def view(self, padding, begin, end):
-        """Of slots begin to end of rows with so much padding (batch,) between instructions and prompt: their
-        positions (batch, time), and what they see of all slots (batch, 1, time, end)."""
-        slots, padding, head = self.range(end), padding[:, None], len(self.instructions)
-        seen = ((slots < head) | (slots >= head + padding))[:, None] & (slots <= slots[begin:, None])
-        return slots[begin:] - padding, seen[:, None]
+        """Of slots begin to end of rows that begin with so much padding (batch,), behind the instructions:
+        their positions (batch, time), and what they see of all slots (batch, 1, time, end)."""
+        slots, padding = self.range(end), padding[:, None]
+        seen = (slots >= padding)[:, None] & (slots <= slots[begin:, None])
+        return len(self.instructions) + slots[begin:] - padding, seen[:, None]
 
     @torch.no_grad()
     def act(self, observations, uniforms):
@@ -174,16 +181,15 @@ class LanguageAgent:
         distribution, so that an answer does not depend on its batch."""
         prompts = [self.encode(state) for state in observations]
         new, padding, parent = self.rows(prompts)
-        size, limit, past, end = self.tokenizer.size, self.max_new_tokens, [], len(self.instructions)
+        size, limit, past, end = self.tokenizer.size, self.max_new_tokens, [], 0
         alive, room = self.range(len(prompts)), new.shape[1] + limit - 1
 
         def attend(layer, q, *kv):
-            if layer == len(past):  # the instructions, and room for prompts and answers
-                shared = [x.expand(len(q), -1, -1, -1) for x in self.prefix[layer]]
-                past.append([nn.functional.pad(x, (0, 0, 0, room)) for x in shared])
+            if layer == len(past):
+                past.append([x.new_empty(*x.shape[:2], room, x.shape[3]) for x in kv])
             for kept, x in zip(past[layer], kv):
                 kept[:, :, end - x.shape[2]:end] = x
-            return attention(q, *(kept[:, :, :end] for kept in past[layer]), seen)
+            return attention(q, *(kept[:, :, :end] for kept in past[layer]), seen, self.prefix[layer])
 
         tokens, logprobs = (torch.full((len(prompts), limit), x, device=new.device) for x in (-1, 0.0))
         for t in range(limit):
@@ -218,17 +224,16 @@ class LanguageAgent:
         nodes = self.tensor([self.instructions]), prompts, replies[:, :-1].clamp(min=0)
         shapes, sizes = [node.shape for node in nodes], [node.numel() for node in nodes]
         (_, head), (_, width), (_, time) = shapes
-        p1, seen1 = self.view(padding, head, head + width)
-        p2, seen2 = self.view(padding[parent], head + width, head + width + time)
+        p1, seen1 = self.view(padding, 0, width)
+        p2, seen2 = self.view(padding[parent], width, width + time)
 
         def attend(layer, *qkv):
             parts = zip(*(x[0].split(sizes, 1) for x in qkv))
             (q, *kv), (q1, *kv1), (q2, *kv2) = (
                 [x.unflatten(1, shape).transpose(0, 1) for x in part] for part, shape in zip(parts, shapes))
-            kv1 = [torch.cat([x.expand(len(y), -1, -1, -1), y], 2) for x, y in zip(kv, kv1)]
             # Not x[parent], whose gradient threads add up in the order in which they happen to come.
             kv2 = [torch.cat([x.index_select(0, parent), y], 2) for x, y in zip(kv1, kv2)]
-            out = attention(q, *kv), attention(q1, *kv1, seen1), attention(q2, *kv2, seen2)
+            out = attention(q, *kv), attention(q1, *kv1, seen1, kv), attention(q2, *kv2, seen2, kv)
             return torch.cat([x.flatten(0, 1) for x in out])[None]
 
         first = head + (parent[:, None] + 1) * width - 1  # a token is predicted at its prompt's last place,

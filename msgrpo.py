@@ -29,6 +29,7 @@ earned before t)] = 0, and usually one of more variance than reward to go; with 
 gamma = 1, both are the same number. The std rescales groups, and AAW follows sum_i |A_i| A_i grad log pi
 instead: a deliberate bias.
 """
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -133,11 +134,14 @@ def clipped_objective(logprobs, old_logprobs, advantages, clip):
 
 
 def micro_batches(steps, budget):
-    """The steps in lists of about `budget` tokens, sorted by length and prompt."""
+    """The steps in lists of about `budget` tokens, sorted by length and prompt. Equal answers to equal prompts
+    stay together and count once, as `Policy.score` may run them once."""
+    def pair(step):
+        return len(step.response), len(step.prompt), step.prompt, step.response
     size, batches = 0, {}
-    for step in sorted(steps, key=lambda step: (len(step.response), len(step.prompt), step.prompt)):
-        batches.setdefault(size // budget, []).append(step)
-        size += len(step.prompt) + len(step.response)
+    for (*_, prompt, response), equal in itertools.groupby(sorted(steps, key=pair), pair):
+        batches.setdefault(size // budget, []).extend(equal)
+        size += len(prompt) + len(response)
     return list(batches.values())
 
 

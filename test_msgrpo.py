@@ -1123,7 +1123,7 @@ def test_two_processes_do_what_one_does(warm, few_maps, tmp_path):
 def test_a_corridor_is_learned():
     """Another game, another vocabulary, no warm-up: from two successes in five to nearly always."""
     imports = re.findall(r"^(?:import|from) (\w+)", Path(msgrpo.__file__).read_text(), re.MULTILINE)
-    assert {*imports} <= {"dataclasses", "math", "typing", "numpy", "torch"}  # it knows no Frozen Lake
+    assert {*imports} <= {"dataclasses", "itertools", "math", "typing", "numpy", "torch"}  # it knows no Frozen Lake
     agent, success = corridor_agent(std=.2), []
     optimizer = torch.optim.Adam(agent.model.parameters(), lr=.005)
     for i in range(40):

@@ -1,0 +1,47 @@
+"""SmolLM2-135M-Instruct learns to cross frozen lakes on a CPU: train.py with examples in the prompt.
+
+    python results/smollm2.py --checkpoint DIR --seed 0 --out runs/smollm2-0      train, with the settings below
+    python results/smollm2.py --resume, --eval or --play runs/smollm2-0           as with train.py
+
+Under train.py's prompt the untuned model talks of other things: no answer is ever valid, so every episode
+of a group is alike and there is nothing to learn from. Eight examples as turns of the chat make most of its
+answers valid, though not good: this script puts them behind the instructions. And an episode has 12 steps,
+not 8, so that random play wins now and then. All else is train.py; flags given here replace SETTINGS.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import frozenlake
+import model as lm
+import train
+
+EXAMPLES = [  # (rows, a good move)
+    ("P___ _O_O ___O O__G", "down"), ("__O_ _P__ _O__ ___G", "right"), ("____ O__O _PO_ _O_G", "up"),
+    ("____ __OP __OO ___G", "left"), ("____ __O_ ____ OP_G", "right"), ("____ OO__ __P_ ___G", "down"),
+    ("___O _O__ __P_ __OG", "right"), ("_OPO ____ O___ ___G", "down")]
+SETTINGS = dict(
+    iterations=45, groups=16, group_size=32, replay=.5, update_episodes=64, normalize_std=False,
+    learning_rate=1e-4, final_rate=.1, entropy_coef=.03, invalid_penalty=.5, temperature=1.0,
+    max_new_tokens=8, micro_batch_tokens=2048, checkpoint_every=1, eval_episodes=100, threads=1)
+
+
+class FewShotAgent(lm.LanguageAgent):
+    """A LanguageAgent whose instructions end in turns of the chat, each a state and its answer."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for rows, word in EXAMPLES:
+            state = "\n".join(" ".join(row) for row in rows.split())
+            answer = self.tokenizer.encode(f"<action>{word}</action>") + self.tokenizer.after[1][:2]
+            self.instructions += [*self.encode(state), *answer, *self.tokenizer.before]
+        self.refresh()
+
+
+if __name__ == "__main__":
+    lm.LanguageAgent = FewShotAgent
+    frozenlake.SCENARIOS["noslip"] = frozenlake.SCENARIOS["noslip"]._replace(max_steps=12)
+    flags = {f"--{key.replace('_', '-')}": str(value) for key, value in SETTINGS.items()}
+    flags = {flag: x for flag, x in flags.items() if x != "False"} | {"--no-normalize-std": None}
+    defaults = [x for flag in flags.items() for x in flag if x is not None]
+    sys.exit(train.main([*(defaults if "--checkpoint" in sys.argv else ()), *sys.argv[1:]]))
