@@ -59,19 +59,21 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-def attention(q, k, v, seen=None, shared=None):
-    """Each token sees what is `seen` (batch, 1, time, slots) of its row's keys and values, by default its row
-    up to itself, and all of the keys and values `shared` by the rows, of batch size 1: q (batch, heads, time,
-    head_dim), k and v (batch, kv_heads, slots, head_dim) -> (batch, time, heads * head_dim)."""
-    if shared is None:
-        out = nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=True)
-        return out.transpose(1, 2).flatten(2)
-    q, lengths = (q * q.shape[3] ** -.5).unflatten(1, (k.shape[1], -1)), [shared[0].shape[2], k.shape[2]]
-    scores = torch.cat([torch.einsum("bkgtd,xksd->bkgts", q, shared[0]), torch.einsum(
-        "bkgtd,bksd->bkgts", q, k).masked_fill(~seen[:, None], -torch.inf)], -1)
-    common, own = scores.softmax(-1).split(lengths, -1)
-    return (torch.einsum("bkgts,xksd->btkgd", common, shared[1])
-            + torch.einsum("bkgts,bksd->btkgd", own, v)).flatten(2)
+def causal(q, k, v):
+    """Each token sees its row up to itself: q (batch, heads, time, head_dim), k and v (batch, kv_heads, time,
+    head_dim) -> (batch, time, heads * head_dim)."""
+    out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2).flatten(2)
+
+
+def attention(q, k, v, seen, common):
+    """Each token sees what is `seen` (batch, 1, time, slots) of its row's keys and values, and all of those
+    `common` to the rows, of batch size 1, which are not copied. Shapes as for `causal`."""
+    q, n = (q * q.shape[3] ** -.5).unflatten(1, (k.shape[1], -1)), common[0].shape[2]
+    own = torch.einsum("bkgtd,bksd->bkgts", q, k).masked_fill_(~seen[:, None], -torch.inf)
+    weights = torch.cat([torch.einsum("bkgtd,xksd->bkgts", q, common[0]), own], -1).softmax(-1)
+    out = torch.einsum("bkgts,xksd->btkgd", weights[..., :n], common[1])
+    return (out + torch.einsum("bkgts,bksd->btkgd", weights[..., n:], v)).flatten(2)
 
 
 class Block(nn.Module):
@@ -87,9 +89,8 @@ class Block(nn.Module):
             "q_proj": nn.Linear(width, q, bias), "k_proj": nn.Linear(width, kv, bias),
             "v_proj": nn.Linear(width, kv, bias), "o_proj": nn.Linear(q, width, c.attention_bias),
             "q_norm": norm(c.head_dim, eps), "k_norm": norm(c.head_dim, eps)})
-        self.mlp = nn.ModuleDict({
-            "gate_proj": nn.Linear(width, inner, c.mlp_bias), "up_proj": nn.Linear(width, inner, c.mlp_bias),
-            "down_proj": nn.Linear(inner, width, c.mlp_bias)})
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(width, inner, c.mlp_bias),
+            "up_proj": nn.Linear(width, inner, c.mlp_bias), "down_proj": nn.Linear(inner, width, c.mlp_bias)})
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(width, eps), RMSNorm(width, eps)
 
     def forward(self, x, cos, sin, attend):
@@ -115,7 +116,7 @@ class Transformer(nn.Module):
 
     def forward(self, ids, positions=None, attend=None, rows=None):
         """Logits of the next token: ids (batch, time) int64 -> (batch, time, vocabulary).
-        positions: (batch or 1, time), by default 0, 1, ...; attend(layer, q, k, v): instead of `attention`;
+        positions: (batch or 1, time), by default 0, 1, ...; attend(layer, q, k, v): instead of `causal`;
         rows: indices into the flattened (batch * time), to have logits of these alone, (rows, vocabulary)."""
         x = self.model["embed_tokens"](ids)
         positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
@@ -123,7 +124,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.model["layers"]):
             again = self.recompute and x.requires_grad
             run = partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False) if again else layer
-            x = run(x, cos, sin, partial(attend, i) if attend else attention)
+            x = run(x, cos, sin, partial(attend, i) if attend else causal)
         x = self.model["norm"](x if rows is None else x.flatten(0, 1)[rows])
         return nn.functional.linear(x, (self.lm_head or self.model["embed_tokens"]).weight)
 
@@ -154,7 +155,7 @@ class LanguageAgent:
 
         def attend(layer, q, k, v):
             self.prefix.append((k, v))
-            return attention(q, k, v)
+            return causal(q, k, v)
         self.model(self.tensor([self.instructions]), attend=attend, rows=[])
 
     def log_probabilities(self, *tree):
@@ -233,7 +234,7 @@ class LanguageAgent:
                 [x.unflatten(1, shape).transpose(0, 1) for x in part] for part, shape in zip(parts, shapes))
             # Not x[parent], whose gradient threads add up in the order in which they happen to come.
             kv2 = [torch.cat([x.index_select(0, parent), y], 2) for x, y in zip(kv1, kv2)]
-            out = attention(q, *kv), attention(q1, *kv1, seen1, kv), attention(q2, *kv2, seen2, kv)
+            out = causal(q, *kv), attention(q1, *kv1, seen1, kv), attention(q2, *kv2, seen2, kv)
             return torch.cat([x.flatten(0, 1) for x in out])[None]
 
         first = head + (parent[:, None] + 1) * width - 1  # a token is predicted at its prompt's last place,

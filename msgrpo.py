@@ -29,7 +29,6 @@ earned before t)] = 0, and usually one of more variance than reward to go; with 
 gamma = 1, both are the same number. The std rescales groups, and AAW follows sum_i |A_i| A_i grad log pi
 instead: a deliberate bias.
 """
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -134,14 +133,13 @@ def clipped_objective(logprobs, old_logprobs, advantages, clip):
 
 
 def micro_batches(steps, budget):
-    """The steps in lists of about `budget` tokens, sorted by length and prompt. Equal answers to equal prompts
+    """The steps in lists of about `budget` tokens, sorted by length and prompt. Equal answers to a prompt
     stay together and count once, as `Policy.score` may run them once."""
-    def pair(step):
-        return len(step.response), len(step.prompt), step.prompt, step.response
-    size, batches = 0, {}
-    for (*_, prompt, response), equal in itertools.groupby(sorted(steps, key=pair), pair):
-        batches.setdefault(size // budget, []).extend(equal)
-        size += len(prompt) + len(response)
+    size, last, batches = 0, None, {}
+    for step in sorted(steps, key=lambda s: (len(s.response), len(s.prompt), s.prompt, s.response)):
+        pair = step.prompt, step.response
+        size, last = size + (pair != last) * sum(map(len, pair)), pair
+        batches.setdefault(size // budget, []).append(step)
     return list(batches.values())
 
 

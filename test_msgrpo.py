@@ -355,6 +355,17 @@ def gradient(model):
 ADVANTAGES = torch.tensor([1.0, -.5, 0.0, 2.0, -1.5, .25])  # one of zero: in the denominator all the same
 
 
+def test_micro_batches():
+    """Within the budget, each step once; equal answers to a prompt stay together and cost what one costs."""
+    rng = np.random.default_rng(0)
+    steps = [msgrpo.Step((int(rng.integers(3)),) * 5, (int(rng.integers(4)),) * 3) for _ in range(200)]
+    batches = msgrpo.micro_batches(steps, 24)
+    assert sorted(id(step) for batch in batches for step in batch) == sorted(map(id, steps))
+    pairs = [{(step.prompt, step.response) for step in batch} for batch in batches]
+    assert sum(map(len, pairs)) == len(set().union(*pairs)) == 12
+    assert max(map(len, pairs)) == 3  # of 8 tokens each
+
+
 @pytest.mark.parametrize("temperature, clip, gamma, entropy_coef, budget", [
     (1.0, .2, 1.0, 0.0, 9999), (1.7, .1, .5, .05, 9999), (.8, .2, 0.0, 0.0, 9999),
     (1.25, .3, 1.0, .1, 1), (1.0, .2, 1.0, 0.0, 9)])  # a micro-batch of one step, of a few
@@ -1123,7 +1134,7 @@ def test_two_processes_do_what_one_does(warm, few_maps, tmp_path):
 def test_a_corridor_is_learned():
     """Another game, another vocabulary, no warm-up: from two successes in five to nearly always."""
     imports = re.findall(r"^(?:import|from) (\w+)", Path(msgrpo.__file__).read_text(), re.MULTILINE)
-    assert {*imports} <= {"dataclasses", "itertools", "math", "typing", "numpy", "torch"}  # it knows no Frozen Lake
+    assert {*imports} <= {"dataclasses", "math", "typing", "numpy", "torch"}  # it knows no Frozen Lake
     agent, success = corridor_agent(std=.2), []
     optimizer = torch.optim.Adam(agent.model.parameters(), lr=.005)
     for i in range(40):

@@ -269,9 +269,8 @@ def iterate(agent, trainee, learner, iteration, failed):
     rate = s.learning_rate * np.interp(iteration, [0, 10, max(11, s.iterations)], [0, 1, s.final_rate])
     updates = []
     for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if len(drawn) else ():
-        parts = gather([msgrpo.accumulate_gradient(
-            trainee, [episodes[i] for i in part], clip=s.clip, entropy_coef=s.entropy_coef,
-            budget=s.micro_batch_tokens, share=share, world=WORLD)])
+        parts = gather([msgrpo.accumulate_gradient(trainee, [episodes[i] for i in part], clip=s.clip,
+            entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens, share=share, world=WORLD)])
         means = {key: sum(part[key] for part in parts) for key in parts[0]} | {"tokens": parts[0]["tokens"]}
         if means["logprob_gap"] > s.max_gap:  # far enough from the policy that played
             learner.optimizer.zero_grad()
@@ -284,14 +283,13 @@ def iterate(agent, trainee, learner, iteration, failed):
     generated = sum(len(step.response) for step in steps)
     of_updates = {key: np.average([update[key] for update in updates], weights=trained) if updates else None
                   for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")}
-    return of_updates | {
+    return of_updates | {"generated_tokens": generated, "trained_tokens": sum(trained),
         **{key: np.mean([getattr(step, key) for step in steps]) for key in ("valid", "truncated")},
         "iteration": iteration, "success": success[old:].mean() if old < s.groups else None,
         "return": returns.mean(), "steps": len(steps) / len(episodes), "updates": len(updates),
         "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean(), "replayed_groups": old,
         "groups_without_success": 1 - success.any(1).mean(), "drawn_episodes": len(drawn),
         "trained_episodes": (advantages[drawn] != 0).sum(), "learning_rate": rate, "rollout_logprob_gap": gap,
-        "generated_tokens": generated, "trained_tokens": sum(trained),
         "tokens_per_second": (generated + sum(trained)) / (time.perf_counter() - began)}
 
 
@@ -345,13 +343,11 @@ def train(learner, out):
     weights, _ = learner.state()
     if RANK == 0:
         lm.save_pretrained(out / "model", learner.master, learner.tokenizer, weights)
-    scenarios = evaluate_all(learner)
-    unseen = scenarios["noslip"]
+    unseen = (scenarios := evaluate_all(learner))["noslip"]
     write(out / "summary.json", json.dumps({
         "unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"],
         "random_success": unseen["random"], "optimal_success": unseen["optimal"], "scenarios": scenarios,
-        "before": state["before"], "seed": s.seed, "iterations": s.iterations,
-        "seconds": time.perf_counter() - clock}))
+        "before": state["before"], "seed": s.seed, "seconds": time.perf_counter() - clock}))
     play_one(learner)
     print(f"{time.perf_counter() - clock:.0f} s; see {out / 'summary.json'}, the model is in {out / 'model'}")
 

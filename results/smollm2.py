@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct learns to cross frozen lakes on a CPU: train.py with examples in the prompt.
 
-    python results/smollm2.py --checkpoint DIR --seed 0 --out runs/smollm2-0      train, with the settings below
-    python results/smollm2.py --resume, --eval or --play runs/smollm2-0           as with train.py
+    python results/smollm2.py --checkpoint DIR --seed 0 --out runs/smollm2-0    train with SETTINGS
+    python results/smollm2.py --resume, --eval or --play runs/smollm2-0         as with train.py
 
 Under train.py's prompt the untuned model talks of other things: no answer is ever valid, so every episode
 of a group is alike and there is nothing to learn from. Eight examples as turns of the chat make most of its
