@@ -22,7 +22,8 @@ EXAMPLES = [  # (rows, a good move); none of these boards is held out
     ("___O _O__ __P_ __OG", "right"), ("_OPO ____ O___ ___G", "down")]
 FLAGS = """--iterations 45 --groups 16 --group-size 32 --replay .5 --update-episodes 64 --no-normalize-std
     --learning-rate 1e-4 --final-rate .1 --entropy-coef .03 --invalid-penalty .5 --temperature 1
-    --max-new-tokens 8 --micro-batch-tokens 2048 --checkpoint-every 1 --eval-episodes 100 --threads 1""".split()
+    --max-new-tokens 8 --micro-batch-tokens 2048 --checkpoint-every 1 --eval-episodes 100
+    --threads 1""".split()
 
 
 class FewShotAgent(lm.LanguageAgent):
