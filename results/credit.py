@@ -416,8 +416,8 @@ def report():
         shown = [(q[0], rows) for q in QUESTIONS if q[3] == tuned and (rows := found(*q[1:], runs))]
         if not shown:
             continue
-        figure, panels = plt.subplots(2, len(shown), figsize=(3.2 * len(shown), 5), sharey="row",
-                                      squeeze=False, layout="constrained")
+        figure, panels = plt.subplots(2, len(shown), figsize=(3.2 * len(shown), 5), sharex="col",
+                                      sharey="row", squeeze=False, layout="constrained")
         for column, (title, arms) in zip(panels.T, shown):
             lines += ["", f"### {title}", "", "| arm | rate | entropy | seeds | area | area at equal "
                       "iterations | final | final, unweighted | mixed | collapses | difference | verdict |",
