@@ -33,7 +33,7 @@ class FewShotAgent(lm.LanguageAgent):
         super().__init__(*args, **kwargs)
         for rows, word in EXAMPLES:
             state = "\n".join(" ".join(row) for row in rows.split())
-            answer = self.tokenizer.encode(f"<action>{word}</action>") + self.tokenizer.after[1][:2]
+            answer = self.tokenizer.encode(f"<action>{word}</action>") + self.tokenizer.after[1][:2]  # end, line
             self.instructions += [*self.encode(state), *answer, *self.tokenizer.before]
         self.refresh()
 
@@ -41,4 +41,5 @@ class FewShotAgent(lm.LanguageAgent):
 if __name__ == "__main__":
     lm.LanguageAgent = FewShotAgent
     frozenlake.SCENARIOS["noslip"] = frozenlake.SCENARIOS["noslip"]._replace(max_steps=12)
-    sys.exit(train.main([*(FLAGS if "--checkpoint" in sys.argv else ()), *sys.argv[1:]]))
+    begins = "--checkpoint" in [word.split("=")[0] for word in sys.argv]
+    sys.exit(train.main([*(FLAGS if begins else ()), *sys.argv[1:]]))
