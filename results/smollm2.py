@@ -33,7 +33,7 @@ class FewShotAgent(lm.LanguageAgent):
         super().__init__(*args, **kwargs)
         for rows, word in EXAMPLES:
             state = "\n".join(" ".join(row) for row in rows.split())
-            answer = self.tokenizer.encode(f"<action>{word}</action>") + self.tokenizer.after[1][:2]  # end, line
+            answer = self.tokenizer.encode(f"<action>{word}</action>") + self.tokenizer.after[1][:2]
             self.instructions += [*self.encode(state), *answer, *self.tokenizer.before]
         self.refresh()
 
