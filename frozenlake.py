@@ -19,8 +19,6 @@ import numpy as np
 
 ACTIONS = ("left", "down", "right", "up")
 MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (row, column) of each action
-MAPS = {"4x4": "SFFF FHFH FFFH HFFG".split(),  # Gymnasium's two fixed maps
-        "8x8": "SFFFFFFF FFFFFFFF FFFHFFFF FFFFFHFF FFFHFFFF FHHFFFHF FHFFHFHF FFFHFFFG".split()}
 # How lakes are drawn: board size, P(frozen) of a tile, P(moving as chosen), and steps in an episode.
 Scenario = namedtuple("Scenario", "size p success_rate max_steps")
 SCENARIOS = {  # the first three are the later public configuration of the paper's first author; `big` is ours

@@ -151,7 +151,7 @@ class LanguageAgent:
     @torch.no_grad()
     def refresh(self):
         """After an update: run the instructions through the weights as they are, and keep what it gives."""
-        self.prefix = []
+        self.prefix, self.greedy = [], {}
 
         def attend(layer, q, k, v):
             self.prefix.append((k, v))
@@ -175,11 +175,19 @@ class LanguageAgent:
         seen = (slots >= padding)[:, None] & (slots <= slots[begin:, None])
         return len(self.instructions) + slots[begin:] - padding, seen[:, None]
 
-    @torch.no_grad()
     def act(self, observations, uniforms):
-        """Answers, as `msgrpo.Policy` says. Prompts that have been continued alike so far share one row of
-        the batch, ended ones leave it. A uniform picks its token by the inverse of the cumulative
-        distribution, so that an answer does not depend on its batch."""
+        """Answers, as `msgrpo.Policy` says; greedy ones are remembered until the weights change."""
+        if uniforms is not None:
+            return self.answer(observations, uniforms)
+        new = [state for state in dict.fromkeys(observations) if state not in self.greedy]
+        self.greedy |= zip(new, self.answer(new) if new else ())
+        return [self.greedy[state] for state in observations]
+
+    @torch.no_grad()
+    def answer(self, observations, uniforms=None):
+        """As `act`. Prompts that have been continued alike so far share one row of the batch, ended ones
+        leave it. A uniform picks its token by the inverse of the cumulative distribution, so that an answer
+        does not depend on its batch."""
         prompts = [self.encode(state) for state in observations]
         new, padding, parent = self.rows(prompts)
         size, limit, past, end = self.tokenizer.size, self.max_new_tokens, [], 0

@@ -169,13 +169,12 @@ def accumulate_gradient(policy, episodes, *, clip=.2, entropy_coef=0.0, budget=1
     for batch in micro_batches(scored, budget * world):
         mine = share(batch)
         weight, batch = float(len(mine) > 0), mine or batch[:1]
-        logprobs, entropies = policy.score(batch)
+        logprobs, entropy = policy.score(batch)
         old = torch.tensor([x for step in batch for x in step.logprobs], device=logprobs.device)
         credit = torch.tensor([step.credit for step in batch for _ in step.response], device=logprobs.device)
         objective, clipped = clipped_objective(logprobs, old, credit, clip)
         gap = (logprobs.detach() - old).abs()
-        loss = -(objective + entropy_coef * (gap <= math.log1p(clip)) * entropies).sum() / tokens
+        loss = -(objective + entropy_coef * (gap <= math.log1p(clip)) * entropy).sum() / tokens
         (loss * weight * world).backward()
-        parts = torch.stack([loss, *(x.sum() / n for x in (entropies, clipped, gap))])
-        means += weight * parts.detach().cpu()
+        means += weight * torch.stack([loss, *(x.sum() / n for x in (entropy, clipped, gap))]).detach().cpu()
     return dict(zip(("loss", "entropy", "clip_share", "logprob_gap"), means.tolist())) | {"tokens": tokens}

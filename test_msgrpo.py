@@ -33,6 +33,10 @@ torch.set_num_threads(1)
 DATA = Path(__file__).parent / "testdata"
 
 
+MAPS = {"4x4": "SFFF FHFH FFFH HFFG".split(),  # Gymnasium's two fixed maps
+        "8x8": "SFFFFFFF FFFFFFFF FFFHFFFF FFFFFHFF FFFHFFFF FHHFFFHF FHFFHFHF FFFHFFFG".split()}
+
+
 # The method: advantages, credit, the draw
 
 @pytest.mark.parametrize("returns, normalize, expected", [
@@ -95,7 +99,7 @@ def test_draws():
 @pytest.mark.parametrize("name, rate, steps, optimal, uniform", [
     ("4x4", 1 / 3, 100, .7442, .0139), ("4x4", .8, 100, .8940, .0139), ("8x8", 1 / 3, 200, .9132, .0019)])
 def test_success_bounds_are_the_known_ones(name, rate, steps, optimal, uniform):
-    got = FrozenLake(frozenlake.MAPS[name], rate, steps).success_bounds()
+    got = FrozenLake(MAPS[name], rate, steps).success_bounds()
     assert got == pytest.approx((optimal, uniform), abs=5e-5)
 
 
@@ -108,7 +112,7 @@ def test_success_bounds_are_the_known_ones(name, rate, steps, optimal, uniform):
     (.8, 13, 0, [(.1, 9, 0, False), (.8, 12, 0, True), (.1, 13, 0, False)]),
     (1 / 3, 12, 1, [(1, 12, 0, True)])])
 def test_transitions_are_gymnasiums(rate, state, action, expected):
-    got = FrozenLake(frozenlake.MAPS["4x4"], rate).transitions(state, action)
+    got = FrozenLake(MAPS["4x4"], rate).transitions(state, action)
     assert [outcome[1:] for outcome in got] == [outcome[1:] for outcome in expected]
     assert [p for p, *_ in got] == pytest.approx([p for p, *_ in expected])
 
@@ -116,14 +120,14 @@ def test_transitions_are_gymnasiums(rate, state, action, expected):
 def test_slips_have_their_frequencies_and_take_one_draw():
     counts, rng = Counter(), np.random.default_rng(0)
     for _ in range(3000):
-        lake = FrozenLake(frozenlake.MAPS["4x4"], .8, 8, rng)
+        lake = FrozenLake(MAPS["4x4"], .8, 8, rng)
         lake.state = 6
         lake.step("<action>up</action>")
         counts[lake.state] += 1
     assert all(near(counts[state], 3000, p) for state, p in ((2, .8), (5, .1), (7, .1)))
     for text, draws in (("<action>left</action>", 1), ("up", 0)):
         rng, twin = np.random.default_rng(1), np.random.default_rng(1)
-        lake = FrozenLake(frozenlake.MAPS["4x4"], .8, 8, rng)
+        lake = FrozenLake(MAPS["4x4"], .8, 8, rng)
         lake.step(text)
         twin.random(draws)
         assert rng.random() == twin.random()
@@ -364,6 +368,18 @@ def test_micro_batches():
     pairs = [{(step.prompt, step.response) for step in batch} for batch in batches]
     assert sum(map(len, pairs)) == len(set().union(*pairs)) == 12
     assert max(map(len, pairs)) == 3  # of 8 tokens each
+
+
+def test_greedy_answers_are_remembered_until_the_weights_change(monkeypatch):
+    agent, asked = corridor_agent(), []
+    answer = agent.answer
+    monkeypatch.setattr(agent, "answer", lambda states, *rest: asked.append(states) or answer(states, *rest))
+    first = agent.act(["from 2 go west", "from 3 go east", "from 2 go west"], None)
+    assert agent.act(["from 3 go east", "from 1 go east", "from 2 go west"], None)[::2] == first[1::-1]
+    assert asked == [["from 2 go west", "from 3 go east"], ["from 1 go east"]] and first[0] == first[2]
+    torch.nn.init.normal_(agent.model.model["norm"].weight)
+    agent.refresh()
+    assert agent.act(["from 2 go west"], None)[0][2] != first[0][2]
 
 
 @pytest.mark.parametrize("temperature, clip, gamma, entropy_coef, budget", [

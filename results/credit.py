@@ -4,29 +4,25 @@ And what does AAW buy? Training runs of the tiny model, and gradients measured a
     python results/credit.py                    all of it, about two hours on one core
     python results/credit.py --processes 2      one run per core; --report: tables and figures alone
 
-The rows in results/credit are of commit f146045. Since then the core became shorter: a step cost is put in
-here, as it is no setting of train.py any more; `explore` adds at most 512 episodes instead of filling the
-draw; the tiny model begins with torch's default weights; AdamW decays them. So a run of today gives other
-figures under the same protocol.
-
 Resumable: a run that is in runs.csv is not repeated; a kill loses the runs under way, no others. In
 results/credit/ are runs.csv (a row per run), curves.csv (points of their curves), gradients.csv, table.md
 and the figures.
 
-PROTOCOL, written before any of these runs. Known before it: 38 runs of an earlier form of it on an earlier
-base, whose entropy bonus was not bounded by the clip range: there 1 of 8 runs of `gamma 1`, 2 of `gamma .7`
-and 8 of `gamma 0` lost the answers' form, so what they showed was that flaw. The base was mended (ratio-bound
-bonus, max_gap, explore) before these runs, by runs of gamma 1 alone: an advantage to it.
+PROTOCOL, written before any of the runs in results/credit. Known before it: results/credit/before, 147 runs
+of the same questions on an earlier base (width 48, embeddings that layers drowned, groups of 32, so that
+.8 M tokens were needed where .4 M are now), whose tuning was at half the budget and chose entropy
+coefficients that were too low for the whole of it; and trials of gamma 1 on this base, by which its
+settings were found: an advantage to gamma 1 with AAW.
 
 Base. train.py's tiny settings, but a constant learning rate after the ramp of 10 iterations, so that no
 schedule depends on the length of a run. The model that has been warmed up is the same for all arms of a
 seed, and so are the first maps: arms are compared seed by seed.
 
-Budget. .8 M trained tokens (drawn episodes and those that `explore` adds, as in metrics.jsonl), tuning .4 M.
-A run goes on until it has spent the budget *and* made 60 iterations per million tokens of it (48 and 24;
-the usual number), so that arms that train on more or fewer episodes are also compared at equal iterations.
-It ends without the budget at twice these iterations, or after five in a row in which no group was mixed;
-its last success counts for the rest. Every 5 iterations all 503 held-out 4x4 maps are played greedily.
+Budget. .4 M trained tokens, as in metrics.jsonl. A run goes on until it has spent the budget *and* made 108
+iterations (the usual number), so that arms that train on more or fewer episodes are also compared at equal
+iterations. It ends without the budget at twice these iterations, or after five in a row in which no group
+was mixed; its last success counts for the rest. Every 8 iterations all 503 held-out 4x4 maps are played
+greedily.
 
 Questions and arms, in order of priority; seeds are 0, 1, ...
 1. Credit by distance: `gamma 1` (MS-GRPO), `gamma .7`, `gamma 0` (the last step alone); 5 seeds; then 5 of
@@ -43,14 +39,12 @@ Questions and arms, in order of priority; seeds are 0, 1, ...
    in turns of 50 steps (6 each) so that its answers are well formed on both, then gamma 1 on 4x4 until .7
    of the episodes on newly drawn maps succeed (at most 3 M tokens). 300 held-out 6x6 maps. 3 seeds, which
    share that policy: they differ in maps and samples alone.
-Tuning: entropy coefficient .05, .02 or .005 at learning rate 1e-3, on seeds 100 and 101
-at half the budget, the best mean area, per arm: "each tuned" below. Fading credit is smaller by a factor of
-up to the steps of an episode, so that one entropy bonus weighs more in it. (Changed after ten of the runs of
-question 1 untuned, in which all runs of gamma 0 lost the answers' form: the third value was half the
-learning rate at .02 before, and question 3 came first. Question 1 alone was tuned at first; 3, 2 and 4, in
-this order, were added when all the rest had been seen, by the same rule.)
-Order: question 1 untuned, 1 tuned, 3, 2, 4, gammas .9 and .3, 5. What the clock cuts off is named in the
-report; arms in "same settings" have the settings that were found by hand for `gamma 1`: an advantage to it.
+Tuning: entropy coefficient .05, .02 or .005 at learning rate 1e-3, on seeds 100 and 101, the best mean area,
+per arm of questions 1 to 4: "each tuned" below. Fading credit is smaller by a factor of up to the steps of
+an episode, so that one entropy bonus weighs more in it.
+Order: questions 1, 3, 2, each at the same settings and then tuned; 4 untuned, more gammas, 5, 4 tuned. What
+the clock cuts off is named in the report; arms in "same settings" have the settings that were found by hand
+for `gamma 1`: an advantage to it.
 
 Measures. Main: `area`, the mean of held-out success over trained tokens 0 to budget (trapezes, weighted by
 the maps' probability). `final`: its mean over the last fifth of the budget, as a single evaluation is
@@ -65,8 +59,8 @@ alone. Else "no difference measured". Question 1 is answered yes if gamma 1 is n
 better than gamma 0, both as is and each tuned; no if an arm is better; AAW buys something if it is better
 than uniform half. Many comparisons are made: a single "perhaps" is no finding.
 
-Gradients. At the policy of one gamma 1 run (seed 200) after .1, .3 and .8 M tokens: 30 batches of 16 newly
-drawn maps x 32 episodes, the gradient by msgrpo.accumulate_gradient of each rule on the same episodes,
+Gradients. At the policy of one gamma 1 run (seed 200) after .05, .15 and .4 M tokens: 30 batches of 64 newly
+drawn maps x 8 episodes, the gradient by msgrpo.accumulate_gradient of each rule on the same episodes,
 without entropy bonus. |mu|^2 of the mean gradient is estimated by the mean of g_i.g_j over i != j, which a
 finite number of batches does not bias, mu_a.mu_b likewise. `noise`: E|g - mu|^2 / |mu|^2 for a batch of 512
 (halves: 256 of them). `alignment`: mean over i of g_i . (mean of the others) / (|g_i| |mu|). `cosine`: of
@@ -98,7 +92,8 @@ import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend wit
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT, CACHE = ROOT / "results/credit", ROOT / "runs/credit"
-COST, BUDGET, PAIRS, TUNING_SEEDS = .05, .8e6, ((1e-3, .05), (1e-3, .02), (1e-3, .005)), (100, 101)
+COST, BUDGET, HORIZON = .05, .4e6, 108
+PAIRS, TUNING_SEEDS = ((1e-3, .05), (1e-3, .02), (1e-3, .005)), (100, 101)
 GROUP, PLAY, CREDIT, ADVANTAGES = (
     train.TINY["group_size"], msgrpo.play, msgrpo.assign_credit, msgrpo.episode_advantages)
 ARMS = {  # what differs from the base
@@ -109,17 +104,18 @@ ARMS = {  # what differs from the base
     "6x6, gamma 1": {"scenario": "big"}, "6x6, gamma 0": {"scenario": "big", "gamma": 0.0}}
 COSTLY = ("cost, whole", "cost, to go", "cost, to go, step mean")
 GAMMAS, DRAWS = ("gamma 1", "gamma .7", "gamma 0"), ("gamma 1", "uniform half", "all")
+BASELINES = "gamma 1", "with std", "no baseline"
 QUESTIONS = [  # (title, arms with the reference first, seeds, each tuned?)
     ("1. Credit by distance, same settings", GAMMAS, 5, False),
     ("1. Credit by distance, each tuned", GAMMAS, 5, True),
     ("3. Which episodes, same settings", DRAWS, 5, False),
+    ("3. Which episodes, each tuned", DRAWS, 5, True),
     ("2. Reward on the way, same settings", COSTLY, 5, False),
-    ("4. The comparison, same settings", ("gamma 1", "with std", "no baseline"), 3, False),
+    ("2. Reward on the way, each tuned", COSTLY, 5, True),
+    ("4. The comparison, same settings", BASELINES, 3, False),
     ("1. More gammas, same settings", ("gamma 1", "gamma .9", "gamma .3"), 5, False),
     ("5. 6x6 boards, same settings", ("6x6, gamma 1", "6x6, gamma 0"), 3, False),
-    ("3. Which episodes, each tuned", DRAWS, 5, True),
-    ("2. Reward on the way, each tuned", COSTLY, 5, True),
-    ("4. The comparison, each tuned", ("gamma 1", "with std", "no baseline"), 3, True)]
+    ("4. The comparison, each tuned", BASELINES, 3, True)]
 KEY = ("arm", "seed", "learning_rate", "entropy_coef", "budget")
 FIGURES = ("area", "final", "final_unweighted", "area_iterations", "mixed", "lowest_valid", "collapsed",
            "tokens", "iterations", "seconds")
@@ -171,7 +167,7 @@ def prepare(arm, seed, **changes):
     msgrpo.assign_credit = CREDITS.get(arm, CREDIT)
     msgrpo.play = play_at_a_cost if arm in COSTLY else PLAY
     msgrpo.episode_advantages = no_baseline if arm == "no baseline" else ADVANTAGES
-    return train.Settings(**train.TINY | {"final_rate": 1.0, "seed": seed, "eval_episodes": 300}
+    return train.Settings(**train.TINY | {"final_rate": 1.0, "seed": seed, "eval_episodes": 300, "threads": 1}
                           | ARMS[arm] | changes)
 
 
@@ -225,7 +221,7 @@ def begin(s):
 def run(job):
     """One run: (job, its figures, the points of its curve)."""
     arm, seed, rate, entropy, budget = job
-    began, horizon = time.perf_counter(), round(60 * budget / 1e6)
+    began = time.perf_counter()
     s = prepare(arm, seed, learning_rate=rate, entropy_coef=entropy)
     learner, agent = begin(s)
     failed, points, recent, tokens, dead, done = [], [], [], 0, 0, False
@@ -234,8 +230,8 @@ def run(job):
             recent.append(m := train.iterate(agent, agent, learner, iteration, failed))
             tokens += m["trained_tokens"]
             dead = dead + 1 if m["zero_variance_groups"] == 1 else 0
-            done = tokens >= budget and iteration >= horizon or iteration == 2 * horizon or dead == 5
-        if iteration % 5 == 0 or done:
+            done = tokens >= budget and iteration >= HORIZON or iteration == 2 * HORIZON or dead == 5
+        if iteration % 8 == 0 or done:
             now = train.evaluate(learner, s.scenario)
             mean = {key: np.mean([m[key] for m in recent if m[key] is not None] or [np.nan])
                     for key in ("success", "valid", "zero_variance_groups", "entropy")}
@@ -249,7 +245,7 @@ def run(job):
     at = np.linspace(0, 1, 401)
     success, unweighted = (np.interp(at * budget, curve["tokens"], curve[key])
                            for key in ("success", "unweighted"))
-    by_iteration = np.interp(at * horizon, curve["iteration"], curve["success"])
+    by_iteration = np.interp(at * HORIZON, curve["iteration"], curve["success"])
     best, last = curve["success"].max(), points[-1]
     collapsed = best >= .1 and last["success"] < best / 2 or last["train_valid"] < .5
     figures = (success.mean(), success[at >= .8].mean(), unweighted[at >= .8].mean(), by_iteration.mean(),
@@ -293,7 +289,7 @@ def do(jobs, pool):
 
 def grid(arm):
     """The tuning runs of an arm."""
-    return [(arm, seed, *pair, BUDGET / 2) for seed, pair in itertools.product(TUNING_SEEDS, PAIRS)]
+    return [(arm, seed, *pair, BUDGET) for seed, pair in itertools.product(TUNING_SEEDS, PAIRS)]
 
 
 def chosen(arm, tuned, runs):
@@ -303,7 +299,7 @@ def chosen(arm, tuned, runs):
     if any(job not in runs for job in grid(arm)):
         return None
     return max(PAIRS, key=lambda pair: np.mean(
-        [runs[arm, seed, *pair, BUDGET / 2]["area"] for seed in TUNING_SEEDS]))
+        [runs[arm, seed, *pair, BUDGET]["area"] for seed in TUNING_SEEDS]))
 
 
 ESTIMATORS = {  # name: (credit rule, step cost, gamma, draw, advantages)
@@ -320,14 +316,14 @@ ESTIMATORS = {  # name: (credit rule, step cost, gamma, draw, advantages)
 def batch_gradients(agent, learner, s, batch):
     """The gradient of each estimator on one batch, (estimators, parameters); the share of mixed groups."""
     rng = train.generator(300, batch)
-    maps = [frozenlake.draw_map(frozenlake.SCENARIOS["noslip"], rng) for _ in range(16)]
+    maps = [frozenlake.draw_map(frozenlake.SCENARIOS["noslip"], rng) for _ in range(s.groups)]
     games = [s.lake(desc, 300, batch, i, j) for i, desc in enumerate(maps) for j in range(GROUP)]
     episodes, gradients, paid, mixed = PLAY(agent, games), [], 0, 0.0
     for credit, cost, gamma, sampling, advantages_of in ESTIMATORS.values():
         for step in itertools.chain(*episodes):
             step.reward -= cost - paid
         paid = cost
-        returns = torch.tensor([rewards_to_go(episode)[0] for episode in episodes]).view(16, -1).float()
+        returns = torch.tensor([rewards_to_go(episode)[0] for episode in episodes]).view(s.groups, -1).float()
         mixed = mixed or (returns != returns[:, :1]).any(1).float().mean().item()
         kwargs = {} if isinstance(advantages_of, functools.partial) else {"normalize_std": False}
         advantages = advantages_of(returns, **kwargs).flatten()
@@ -356,7 +352,7 @@ def measure_gradients(batches=30):
     s = prepare("gamma 1", 200)
     learner, agent = begin(s)
     failed, tokens, iteration, rows = [], 0, 0, []
-    for name, until in ("early", .1e6), ("middle", .3e6), ("late", .8e6):
+    for name, until in ("early", .05e6), ("middle", .15e6), ("late", .4e6):
         prepare("gamma 1", 200)
         while tokens < until:
             iteration += 1
