@@ -838,7 +838,7 @@ def warm(tmp_path_factory):
     """A tiny run, warmed up just enough to give answers of the right form; it cannot play."""
     out = tmp_path_factory.mktemp("runs") / "warm"
     assert command("--tiny", "--out", out, "--iterations", 2, "--groups", 4, "--group-size", 4, "--seed", 7,
-                   "--warmup-steps", 150, "--eval-episodes", 20, "--eval-every", 2) == 0
+                   "--warmup-steps", 150, "--eval-episodes", 20, "--eval-every", 2, "--threads", 1) == 0
     return out
 
 
@@ -851,7 +851,7 @@ def few_maps(monkeypatch):
 
 QUICK = ("--iterations", 4, "--groups", 4, "--group-size", 4, "--eval-episodes", 1, "--checkpoint-every", 2,
          "--learning-rate", .01, "--max-new-tokens", 3, "--update-episodes", 4, "--dtype", "float32",
-         "--device", "cpu", "--invalid-penalty", .5, "--final-rate", .5)
+         "--device", "cpu", "--invalid-penalty", .5, "--final-rate", .5, "--threads", 1)
 
 
 def metrics_of(out):
@@ -882,7 +882,7 @@ def found(warm, tmp_path_factory):
 def test_a_run_leaves_what_it_promises(warm, capsys):
     settings = json.loads((warm / "settings.json").read_text())
     assert settings.keys() == {field.name for field in dataclasses.fields(train.Settings)}
-    given = {"iterations": 2, "groups": 4, "group_size": 4, "warmup_steps": 150, "seed": 7}
+    given = {"iterations": 2, "groups": 4, "group_size": 4, "warmup_steps": 150, "seed": 7, "threads": 1}
     assert settings.items() >= (train.TINY | given).items()
     metrics, summary = metrics_of(warm), json.loads((warm / "summary.json").read_text())
     assert [m["iteration"] for m in metrics] == [1, 2]
@@ -981,7 +981,7 @@ def test_flags_that_change_no_figure(found, few_maps, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     found(*TWO, "--recompute", "--threads", 2)
     assert layers and threads == [2]
-    lost = *TWO, "--invalid-penalty", 0.0  # all is lost: nothing to draw, but much to explore
+    lost = *TWO, "--scenario", "big", "--invalid-penalty", 0.0  # all is lost: none to draw, many to explore
     assert found(*lost)[0][0]["updates"] == 0 < found(*lost, "--explore", 9)[0][0]["updates"]
     whole = *lost, "--sampling", "all"  # has them already
     assert found(*whole, "--explore", 9) == found(*whole)
