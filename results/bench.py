@@ -9,6 +9,8 @@ rollout  one answer of --new tokens to each of `batch` states, sampled at temper
 update   forward and backward pass of the clipped objective on these answers, without optimiser. Ours:
          msgrpo.accumulate_gradient. Theirs: whole sequences padded right, at most 32 at once, logits of
          every token, log_softmax in float32, as trainers do.
+         With --trl and --checkpoint, also the loss of TRL's GRPOTrainer on the same tokens (logits of the
+         answers alone), no checkpointing of activations, and its backward pass.
 memory   peak resident memory of one update, gradients included, in a process of its own, less what it had
          with the weights loaded.
 states   distinct: no two equal. played: those met after three random moves by groups of 16 episodes, where
@@ -163,6 +165,37 @@ class Theirs:
             (-msgrpo.clipped_objective(logprobs, old, credit, .2)[0].sum() / tokens).backward()
 
 
+class Trl(Theirs):
+    """The loss that TRL's GRPOTrainer computes, given the answers and old log-probabilities."""
+
+    def __init__(self, directory, dtype, prefix, new):
+        import datasets
+        import transformers
+        import trl
+        super().__init__(directory, dtype, prefix, new)
+        self.name = "trl"
+        config = trl.GRPOConfig(
+            str(directory), use_cpu=True, bf16=False, beta=0.0, loss_type="grpo", report_to="none",
+            gradient_checkpointing=False, per_device_train_batch_size=2, num_generations=2)
+        self.trainer = trl.GRPOTrainer(
+            self.model, lambda **_: [0.0], config, datasets.Dataset.from_list([{"prompt": "x"}] * 2),
+            processing_class=transformers.AutoTokenizer.from_pretrained(directory))
+        self.model = self.trainer.model.to(dtype).eval()
+
+    def update(self, steps, advantages):
+        for i in range(0, len(steps), 32):
+            part = steps[i:i + 32]
+            prompts = [self.prefix + list(step.prompt) for step in part]
+            width = max(map(len, prompts))
+            inputs = {"prompt_ids": torch.tensor([[0] * (width - len(p)) + p for p in prompts]),
+                      "prompt_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+                      "completion_ids": torch.tensor([step.response for step in part]),
+                      "completion_mask": torch.ones(len(part), self.new, dtype=torch.int64),
+                      "advantages": torch.tensor(advantages[i:i + 32]),
+                      "old_per_token_logps": torch.tensor([step.logprobs for step in part])}
+            (self.trainer._compute_loss(self.model, inputs) * len(part) / len(steps)).backward()
+
+
 def timed(call, *args):
     start = time.perf_counter()
     call(*args)
@@ -189,10 +222,10 @@ def gradients(side, steps, advantages):
 def check(sides, steps, advantages):
     """Both sides compute the same, in float32."""
     with torch.no_grad():
-        ours, theirs = (side.logprobs(steps) for side in sides)
-    ours_gradient, theirs_gradient = (gradients(side, steps, advantages) for side in sides)
+        ours, theirs = (side.logprobs(steps) for side in sides[:2])
+    mine, *others = (gradients(side, steps, advantages) for side in sides)
     gaps = {"logprob_gap": (ours - theirs).abs().max().item(),
-            "gradient_gap": ((ours_gradient - theirs_gradient).norm() / theirs_gradient.norm()).item()}
+            "gradient_gap": max(((mine - other).norm() / other.norm()).item() for other in others)}
     assert all(gap < 1e-4 for gap in gaps.values()), gaps
     return gaps
 
@@ -241,7 +274,7 @@ def in_child(directory, name, args):
 
 def child(name, directory):
     work = json.loads((directory / "work.json").read_text())
-    make = {"Ours": Ours, "Theirs": Theirs}[name]
+    make = {"Ours": Ours, "Theirs": Theirs, "Trl": Trl}[name]
     side = make(directory, DTYPES[work["dtype"]], work["prefix"], work["new"])
     steps = [msgrpo.Step(tuple(prompt), tuple(response), old) for prompt, response, old in work["steps"]]
     print(peak_memory(side, steps, work["advantages"]))
@@ -256,7 +289,8 @@ def compare(name, dtype, batch, states, args):
     advantages = [(-1.0) ** i for i in range(batch)]
     with tempfile.TemporaryDirectory() as directory:
         lm.save_pretrained(directory, model.to(DTYPES[dtype]), None)
-        sides = [side(directory, DTYPES[dtype], prefix, args.new) for side in (Ours, Theirs)]
+        kinds = (Ours, Theirs, Trl)[:3 if args.trl else 2]
+        sides = [side(directory, DTYPES[dtype], prefix, args.new) for side in kinds]
         steps = [msgrpo.Step(prompt, tuple(answer)) for prompt, answer in
                  zip(prompts, sides[0].rollout(prompts), strict=True)]
         msgrpo.rescore(sides[0].agent, [steps])
@@ -271,13 +305,13 @@ def compare(name, dtype, batch, states, args):
                 "steps": [[step.prompt, step.response, step.logprobs] for step in steps]}
         (Path(directory) / "work.json").write_text(json.dumps(work))
         for what, calls in (
-                ("rollout", [functools.partial(timed, side.rollout, prompts) for side in sides]),
+                ("rollout", [functools.partial(timed, side.rollout, prompts) for side in sides[:2]]),
                 ("update", [functools.partial(update_seconds, side, steps, advantages) for side in sides])):
-            for side, seconds in zip(sides, turns(args.repeats, calls), strict=True):
+            for side, seconds in zip(sides, turns(args.repeats, calls)):
                 record[f"{side.name}_{what}"] = seconds
         del sides, model
-        for name in ("Ours", "Theirs"):
-            record[f"{name.lower()}_memory"] = in_child(directory, name, args)
+        for kind in kinds:
+            record[f"{kind.__name__.lower()}_memory"] = in_child(directory, kind.__name__, args)
     return record
 
 
@@ -328,6 +362,9 @@ def table(records):
         ours, theirs = (r[f"{side}_memory"] / 1e6 for side in ("ours", "theirs"))
         row += [f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}"]
         row.append(f"{r['operations'] / mid(r['ours_update']) / r['matmul_peak']:.0%}")
+        if "trl_update" in r:
+            theirs = r["tokens"] / mid(r["trl_update"])
+            row.append(f"(TRL: {theirs:,.0f} tokens/s updated, {r['trl_memory'] / 1e6:,.0f} MB)")
         print("|", " | ".join(map(str, row)), "|")
     base = next((record for record in records if record.get("growth") == "base"), None)
     if base:
@@ -348,6 +385,7 @@ def main():
     parser.add_argument("--new", type=int, default=8, help="tokens of an answer")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint", help="Hugging Face directory for smollm2's weights and tokenizer")
+    parser.add_argument("--trl", action="store_true", help="TRL's loss as well; wants trl and --checkpoint")
     parser.add_argument("--no-growth", action="store_true", help="leave the table of growth out")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench.jsonl")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
