@@ -176,7 +176,7 @@ class LanguageAgent:
         return len(self.instructions) + slots[begin:] - padding, seen[:, None]
 
     def act(self, observations, uniforms):
-        """Answers, as `msgrpo.Policy` says; greedy ones are remembered until the weights change."""
+        """Answers, as `msgrpo.Policy` says; greedy ones are remembered until `refresh`."""
         if uniforms is not None:
             return self.answer(observations, uniforms)
         new = [state for state in dict.fromkeys(observations) if state not in self.greedy]
@@ -185,9 +185,9 @@ class LanguageAgent:
 
     @torch.no_grad()
     def answer(self, observations, uniforms=None):
-        """As `act`. Prompts that have been continued alike so far share one row of the batch, ended ones
-        leave it. A uniform picks its token by the inverse of the cumulative distribution, so that an answer
-        does not depend on its batch."""
+        """`act` without the memory. Prompts that have been continued alike so far share one row of the batch,
+        ended ones leave it. A uniform picks its token by the inverse of the cumulative distribution, so that
+        an answer does not depend on its batch."""
         prompts = [self.encode(state) for state in observations]
         new, padding, parent = self.rows(prompts)
         size, limit, past, end = self.tokenizer.size, self.max_new_tokens, [], 0

@@ -19,11 +19,11 @@ One iteration:
     5. AAW: train on K of N episodes, drawn with P(i) = |A_i| / sum_j |A_j| [paper: more weight on large
        absolute advantages; this form, without replacement, is ours].
     6. Ascend sum of min(rho A, clip(rho, 1 - eps, 1 + eps) A) / tokens, rho = p_theta / p_old per token. An
-       entropy bonus counts only where rho is within the clip range: ours, since a bonus that is not clipped
-       can wreck the answers' form within one iteration.
+       entropy bonus counts only where |log rho| <= log(1 + eps): ours, since a bonus without bound can wreck
+       the answers' form within one iteration.
 
-Left out of GRPO: the KL term (no reference model is held), a mean per sequence before the mean over sequences
-(it would weight tokens of short answers more), and a second normalisation after the draw. What is true of
+Not here: GRPO's KL term (no reference model is held) and its mean per sequence before the mean over sequences
+(it would weight tokens of short answers more); nor a second normalisation after the draw. What is true of
 step 4: without std, clip and AAW it is an unbiased policy gradient, since E[grad log pi(a_t|s_t) * (reward
 earned before t)] = 0, and usually one of more variance than reward to go; with a reward at the end only and
 gamma = 1, both are the same number. The std rescales groups, and AAW follows sum_i |A_i| A_i grad log pi
@@ -157,9 +157,10 @@ def rescore(policy, episodes, budget=16384):
 
 
 def accumulate_gradient(policy, episodes, *, clip=.2, entropy_coef=0.0, budget=16384, share=list, world=1):
-    """Add the gradient of one update's loss to the parameters' .grad; returns means over its tokens, a dict.
-    The denominator is the number of response tokens of all these episodes, so the split into micro-batches
-    changes nothing; steps without credit cost no forward pass unless the entropy term needs them.
+    """Add the gradient of one update's loss to the parameters' .grad; returns the loss over its tokens
+    and means over those that are scored, a dict. The denominator is the number of response tokens of all
+    these episodes, so the split into micro-batches changes nothing; steps without credit cost no forward pass
+    unless the entropy term needs them.
     share: this process's part of a list, of `world` processes. All make the same number of passes, with a
     step of no weight where there is none left; gradients are to be averaged, means to be added."""
     steps = [step for episode in episodes for step in episode]

@@ -31,7 +31,7 @@ import msgrpo
 from frozenlake import SCENARIOS, FrozenLake
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured with avx512_bf16 alone.
+# Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured in results/bench.jsonl.
 DTYPE = "bfloat16" if DEVICE != "cpu" or torch.cpu._is_amx_tile_supported() else "float32"
 
 
@@ -50,7 +50,7 @@ class Settings:
     scenario: str = setting("noslip", f"lakes to train on: {', '.join(SCENARIOS)}", choices=tuple(SCENARIOS))
     groups: int = setting(2, "groups an iteration, each on its own map [author]", 1)
     group_size: int = setting(16, "episodes a group, all from the same start [author]", 2)
-    replay: float = setting(0.0, "share of groups on maps where an episode failed when last played", 0, 1)
+    replay: float = setting(0.0, "share of groups that return to maps where an episode failed", 0, 1)
     explore: int = setting(0, "most episodes of groups without success that join the draw, for their entropy")
     sampling: str = setting("aaw", "of episodes: aaw, uniform or all", choices=("aaw", "uniform", "all"))
     keep: float = setting(.5, "share of the episodes that aaw and uniform draw", 1e-9, 1)
@@ -60,7 +60,7 @@ class Settings:
     clip: float = setting(.2, "of the ratio, on both sides [author]")
     max_gap: float = setting(.15, "mean |log ratio| of an update at which the iteration's updates end")
     entropy_coef: float = setting(.001, "of the entropy bonus, per token in nats [author]")
-    learning_rate: float = setting(1e-6, "of AdamW, after a ramp of ten iterations [author]")
+    learning_rate: float = setting(1e-6, "of AdamW [author], after a ramp of ten iterations")
     final_rate: float = setting(1.0, "share of it that linear decay leaves; 1: constant [author]", 0, 1)
     grad_clip: float = setting(1.0, "largest norm of a gradient [author]")
     temperature: float = setting(1.25, "of sampling and of scoring alike [author]", 1e-6)
@@ -92,7 +92,7 @@ class Settings:
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=240, groups=64, group_size=8, update_episodes=64,  # from nothing it takes more
+    iterations=240, groups=64, group_size=8, update_episodes=64,  # many maps, few episodes of each
     # Soon most groups are all alike and teach nothing, the policy is sure of what it does on the last maps
     # that it always fails, and the std blows up groups that are nearly all alike.
     replay=.5, explore=128, normalize_std=False,
@@ -127,8 +127,9 @@ def gather(items):
 
 class Learner:
     """Float32 weights, the `master`, with their Adam moments, and the `model` in the run's dtype that plays
-    and learns: a copy, as an update of relative size 1e-6 would vanish in bfloat16. It hands on its gradients
-    as they come, and takes over the weights after each update. Several processes train the `master`."""
+    and learns: a copy, as an update of relative size 1e-6 would vanish in bfloat16. It passes its
+    gradients to the `master` as they come, and copies the weights after each update. Of several processes,
+    each trains its part of the `master` itself."""
 
     def __init__(self, settings):
         self.settings = s = settings
@@ -157,7 +158,7 @@ class Learner:
     def update(self, learning_rate):
         """A step of AdamW on the gradients; returns their norm. Where that is not finite, nothing changes."""
         norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip)
-        norm = (norm.full_tensor() if WORLD > 1 else norm).item()
+        norm = getattr(norm, "full_tensor", lambda: norm)().item()  # of parts, but where there is no gradient
         if np.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = float(learning_rate)
             self.optimizer.step()
@@ -198,7 +199,7 @@ def tiny_start(settings):
     model = lm.Transformer(lm.Config(
         "llama", tokenizer.size, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, rope_theta=1e2, tie_word_embeddings=True))
-    # A tied head wants embeddings small, but what a layer adds must not drown them: .02 learns half as fast.
+    # A tied head wants embeddings small, but what a layer adds must not drown them, as with .02.
     torch.nn.init.normal_(model.model["embed_tokens"].weight, std=.2)
     return model, tokenizer
 
@@ -232,7 +233,7 @@ def evaluate(learner, name, greedy=True):
     success = np.array([episode[-1].success for episode in episodes], float)
     mean, valid = float(weights @ success), [step.valid for episode in episodes for step in episode]
     optimal, uniform = (weights @ np.array([lake.success_bounds() for lake in lakes])).tolist()
-    half = 0.0 if exact and greedy else 1.96 * (mean * (1 - mean) / len(maps)) ** .5
+    half = 0.0 if exact and greedy else 1.96 * (mean * (1 - mean) * float(weights @ weights)) ** .5
     figures = {"success": mean, "half_interval": half, "unweighted": float(success.mean()), "random": uniform,
                "optimal": optimal, "valid": sum(valid) / len(valid), "episodes": len(maps)}
     print(f"{name:12s}", *(f"{key} {value:<6.4g}" for key, value in figures.items()), flush=True)
@@ -241,9 +242,9 @@ def evaluate(learner, name, greedy=True):
 
 def iterate(agent, trainee, learner, iteration, failed):
     """Play, compare, draw and learn once, the steps 1 to 6 of msgrpo.py; returns the iteration's metrics.
-    agent plays, trainee has the weights that are trained; failed: the last 256 training maps on which an
-    episode failed, kept up to date here. A group whose episodes are all alike teaches nothing; so `replay` of
-    the groups return to maps not yet solved."""
+    agent plays, trainee has the weights that are trained; failed: up to 256 maps to return to, kept up to
+    date here. A group whose episodes are all alike teaches nothing; so `replay` of the groups return to maps
+    not yet solved. The metric `success` is of newly drawn maps alone."""
     began, s, rng = time.perf_counter(), learner.settings, generator(learner.settings.seed, iteration, 0)
     old = min(len(failed), round(s.replay * s.groups))
     maps = [failed.pop(rng.integers(len(failed))) for _ in range(old)]
@@ -261,7 +262,7 @@ def iterate(agent, trainee, learner, iteration, failed):
     lost = np.flatnonzero(np.repeat(~success.any(1), s.group_size))
     drawn = sorted({*drawn, *rng.permutation(lost)[:s.explore].tolist()})
     rate = s.learning_rate * np.interp(iteration, [0, 10, max(11, s.iterations)], [0, 1, s.final_rate])
-    updates = []  # of groups side by side, which share their states
+    updates = []  # each of neighbouring groups, which share their states
     for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if len(drawn) else ():
         parts = gather([msgrpo.accumulate_gradient(trainee, [episodes[i] for i in part], clip=s.clip,
             entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens, share=share, world=WORLD)])
@@ -269,7 +270,7 @@ def iterate(agent, trainee, learner, iteration, failed):
         if means["logprob_gap"] > s.max_gap:  # far enough from the policy that played
             learner.optimizer.zero_grad()
             break
-        updates.append(means | {"grad_norm": learner.update(rate)})
+        updates.append(means | {"grad_norm": learner.update(rate), "trained": (advantages[part] != 0).sum()})
 
     failed[:] = (failed + [desc for desc, solved in zip(maps, success.all(1)) if not solved])[-256:]
     steps, trained = [step for episode in episodes for step in episode], [u["tokens"] for u in updates]
@@ -282,14 +283,14 @@ def iterate(agent, trainee, learner, iteration, failed):
         "return": returns.mean(), "steps": len(steps) / len(episodes), "updates": len(updates),
         "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean(), "replayed_groups": old,
         "groups_without_success": 1 - success.any(1).mean(), "drawn_episodes": len(drawn),
-        "trained_episodes": (advantages[drawn] != 0).sum(), "learning_rate": rate, "rollout_logprob_gap": gap,
+        "trained_episodes": sum(u["trained"] for u in updates), "learning_rate": rate, "rollout_gap": gap,
         "tokens_per_second": (generated + sum(trained)) / (time.perf_counter() - began)}
 
 
 def progress_line(m, iterations):
     """An iteration's metrics in one line that a person can follow."""
-    shown = "success return steps valid truncated entropy zero_variance_groups clip_share grad_norm".split()
-    shown = [f"{key.split('_')[0]} {np.nan if m[key] is None else m[key]:.3f}" for key in shown]
+    shown = "success return steps valid truncated entropy zero_variance_groups clip_share grad_norm updates"
+    shown = [f"{key.split('_')[0]} {np.nan if m[key] is None else m[key]:.3g}" for key in shown.split()]
     left = m["seconds"] / m["iteration"] * (iterations - m["iteration"])
     return (f"{m['iteration']:4d}/{iterations}  {'  '.join(shown)}  {m['tokens_per_second']:,.0f} tokens/s  "
             f"{m['seconds']:.0f} s gone  {left:.0f} s left")
@@ -353,7 +354,7 @@ def evaluate_all(learner, *_):
 def play_one(learner, *_):
     """Show one greedy episode on a held-out map, chosen by the seed, move by move."""
     s = learner.settings
-    lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], generator(s.seed), held_out=True), s.seed)
+    lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], generator(s.seed), held_out=True), s.seed, 0)
     agent = learner.agent(lake.instructions)
     print(f"\n{lake.instructions}\n")
     for step in msgrpo.play(agent, [lake], greedy=True)[0]:

@@ -9,14 +9,14 @@ rollout  one answer of --new tokens to each of `batch` states, sampled at temper
 update   forward and backward pass of the clipped objective on these answers, without optimiser. Ours:
          msgrpo.accumulate_gradient. Theirs: whole sequences padded right, at most 32 at once, logits of
          every token, log_softmax in float32, as trainers do.
-         With --trl and --checkpoint, also the loss of TRL's GRPOTrainer on the same tokens (logits of the
-         answers alone), no checkpointing of activations, and its backward pass.
+         With --trl and --checkpoint, also the loss of TRL's GRPOTrainer on the same tokens, as it
+         runs on a CPU, without checkpointing of activations, and its backward pass.
 memory   peak resident memory of one update, gradients included, in a process of its own, less what it had
          with the weights loaded.
 states   distinct: no two equal. played: those met after three random moves by groups of 16 episodes, where
          ours profits from equal ones.
 
-Before the clock starts, both must agree in float32: log-probabilities within 1e-4, gradients within 1e-4 of
+In float32, before the clock starts, all must agree: log-probabilities within 1e-4, gradients within 1e-4 of
 their norm. Figures are medians of --repeats. matmul is the best rate of square matrix products in that dtype,
 measured here too; the update's share of it counts useful operations, each needed token once: 6 per weight of
 the layers and token of instructions, unequal prompts and unequal answers (but their last); 12 heads head_dim
@@ -353,7 +353,8 @@ def table(records):
     mid, cases = statistics.median, [record for record in records if "model" in record]
     if cases:
         print("\n| model | dtype | batch | states | rollout tokens/s | transformers | ratio "
-              "| update tokens/s | plain | ratio | memory MB | plain | ratio | of matmul |\n|" + "---|" * 14)
+              "| update tokens/s | plain | ratio | memory MB | plain | ratio | of matmul "
+              "| TRL's update tokens/s | its memory MB |\n|" + "---|" * 16)
     for r in cases:
         row = [r["model"], r["dtype"], r["batch"], r["states"]]
         for what in ("rollout", "update"):
@@ -362,9 +363,8 @@ def table(records):
         ours, theirs = (r[f"{side}_memory"] / 1e6 for side in ("ours", "theirs"))
         row += [f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}"]
         row.append(f"{r['operations'] / mid(r['ours_update']) / r['matmul_peak']:.0%}")
-        if "trl_update" in r:
-            theirs = r["tokens"] / mid(r["trl_update"])
-            row.append(f"(TRL: {theirs:,.0f} tokens/s updated, {r['trl_memory'] / 1e6:,.0f} MB)")
+        row += ([f"{r['tokens'] / mid(r['trl_update']):,.0f}", f"{r['trl_memory'] / 1e6:,.0f}"]
+                if "trl_update" in r else ["", ""])
         print("|", " | ".join(map(str, row)), "|")
     base = next((record for record in records if record.get("growth") == "base"), None)
     if base:
@@ -391,6 +391,8 @@ def main():
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.trl and not (args.checkpoint and args.models == ["smollm2"]):
+        parser.error("--trl wants --checkpoint and --models smollm2: it needs a tokenizer's files")
     if args.child:
         return child(args.child[0], Path(args.child[1]))
     machine = {"torch": torch.__version__, "threads": args.threads, "new": args.new,

@@ -8,21 +8,21 @@ Resumable: a run that is in runs.csv is not repeated; a kill loses the runs unde
 results/credit/ are runs.csv (a row per run), curves.csv (points of their curves), gradients.csv, table.md
 and the figures.
 
-PROTOCOL, written before any of the runs in results/credit. Known before it: results/credit/before, 147 runs
-of the same questions on an earlier base (width 48, embeddings that layers drowned, groups of 32, so that
-.8 M tokens were needed where .4 M are now), whose tuning was at half the budget and chose entropy
-coefficients that were too low for the whole of it; and trials of gamma 1 on this base, by which its
-settings were found: an advantage to gamma 1 with AAW.
+PROTOCOL, written before any of the runs in results/credit but for the order of questions. Known before it:
+results/credit/before, 150 runs of the same questions on an earlier base (width 48, embeddings that layers
+drowned, groups of 32, so that .8 M tokens were needed where .4 M are now), whose tuning was at half the
+budget and chose entropy coefficients that were too low for the whole of it; and trials of gamma 1 on this
+base, by which its settings were found: an advantage to gamma 1 with AAW.
 
 Base. train.py's tiny settings, but a constant learning rate after the ramp of 10 iterations, so that no
 schedule depends on the length of a run. The model that has been warmed up is the same for all arms of a
 seed, and so are the first maps: arms are compared seed by seed.
 
 Budget. .4 M trained tokens, as in metrics.jsonl. A run goes on until it has spent the budget *and* made 108
-iterations (the usual number), so that arms that train on more or fewer episodes are also compared at equal
-iterations. It ends without the budget at twice these iterations, or after five in a row in which no group
-was mixed; its last success counts for the rest. Every 8 iterations all 503 held-out 4x4 maps are played
-greedily.
+iterations (about what gamma 1 takes for it), so that arms that train on more or fewer episodes are also
+compared at equal iterations. It ends without the budget at twice these iterations, or after five in a row in
+which no group was mixed; its last success counts for the rest. Every 8 iterations all 503 held-out 4x4 maps
+are played greedily.
 
 Questions and arms, in order of priority; seeds are 0, 1, ...
 1. Credit by distance: `gamma 1` (MS-GRPO), `gamma .7`, `gamma 0` (the last step alone); 5 seeds; then 5 of
@@ -32,20 +32,20 @@ Questions and arms, in order of priority; seeds are 0, 1, ...
    A_i less the rewards before t, that is G_t - mean R. `cost, to go, step mean`: G_t less the mean of G_t
    over the group's episodes that have a step t. A cost that is the same at every step shifts late steps of
    `to go` up and is removed by the step mean, so the last is the fairer rival. 5 seeds.
-3. Which episodes: `gamma 1` draws half by AAW; `uniform half` as many; `all` twice as many tokens an
-   iteration. 5 seeds.
+3. Which episodes: `gamma 1` draws half by AAW; `uniform half` draws half, whatever their A; `all`.
+   What `explore` adds comes on top. 5 seeds.
 4. The comparison: `with std`; `no baseline` (A = R; AAW then draws by |R|). 3 seeds.
 5. Longer episodes: 6x6 boards, 20 steps, gamma 1 and 0, from one 4x4 policy: warmed up on 6x6 and 4x4 text
    in turns of 50 steps (6 each) so that its answers are well formed on both, then gamma 1 on 4x4 until .7
    of the episodes on newly drawn maps succeed (at most 3 M tokens). 300 held-out 6x6 maps. 3 seeds, which
    share that policy: they differ in maps and samples alone.
 Tuning: entropy coefficient .05, .02 or .005 at learning rate 1e-3, on seeds 100 and 101, the best mean area,
-per arm of questions 1 to 4: "each tuned" below. Fading credit is smaller by a factor of up to the steps of
-an episode, so that one entropy bonus weighs more in it.
+per arm of questions 1 to 4 but for gammas .9 and .3: "each tuned" below. Fading credit is smaller by a
+factor of up to the steps of an episode, so that one entropy bonus weighs more in it.
 Order: question 1 untuned and tuned; 3, 2 and 4 untuned; 3 tuned, more gammas, 5, 4 tuned, 2 tuned (an order
-chosen after the first 15 runs, as time was short: before, 3 and 2 were tuned first). What the clock cuts
-off is named in the report; arms in "same settings" have the settings that were found by hand
-for `gamma 1`: an advantage to it.
+chosen after the first 15 runs, as time was short: before, 3 and 2 were tuned first). What has not
+been run is named in the report; arms in "same settings" have the settings that were found by hand for
+`gamma 1`: an advantage to it.
 
 Measures. Main: `area`, the mean of held-out success over trained tokens 0 to budget (trapezes, weighted by
 the maps' probability). `final`: its mean over the last fifth of the budget, as a single evaluation is
@@ -369,7 +369,7 @@ def measure_gradients(batches=30):
         pairs = np.stack([figures, error]).transpose(2, 1, 0).reshape(len(ESTIMATORS), -1)
         rows += [(name, arm, tokens, now["success"], now["valid"], np.mean(mixed), *pair)
                  for arm, pair in zip(ESTIMATORS, pairs)]
-        learner.optimizer.zero_grad()
+        learner.optimizer.zero_grad(set_to_none=False)
     names = "noise", "noise_error", "alignment", "alignment_error", "cosine", "cosine_error"
     append_rows("gradients.csv", ("policy", "arm", "tokens", "success", "valid", "mixed", *names), rows)
 
@@ -405,9 +405,10 @@ def report():
     runs, points = read_runs(), {}
     for row in read_rows("curves.csv"):  # a run that was killed while it was written comes twice
         points.setdefault(tuple(row[key] for key in KEY), {})[row["iteration"]] = row
+    missing = [q[0] for q in QUESTIONS if not found(*q[1:], runs)]
     lines = ["Made by `python results/credit.py --report` from runs.csv and gradients.csv; words as in its",
              "docstring. Means over seeds [95 % bootstrap interval]; difference: of area, by seed, from the",
-             "question's first arm."]
+             "question's first arm.", *(f"Not run: {title}." for title in missing)]
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     for tuned in False, True:
         shown = [(q[0], rows) for q in QUESTIONS if q[3] == tuned and (rows := found(*q[1:], runs))]
@@ -471,6 +472,9 @@ def main():
     if not args.report:
         if not (OUT / "gradients.csv").exists():
             measure_gradients()
+        for seed in (*range(5), *TUNING_SEEDS):
+            begin(prepare("gamma 1", seed))  # what all begin with, before processes ask for it at once
+        begin(prepare("6x6, gamma 1", 0))
         with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
             for title, arms, seeds, tuned in QUESTIONS:
                 print(title, flush=True)
