@@ -393,6 +393,8 @@ def verdict(rows, reference):
     """Figures of the difference in area by seed, and what the protocol calls it."""
     areas, others = ([row["area"] for row in x] for x in (rows, reference))
     mean, low, high = interval(np.subtract(areas, others))
+    if len(areas) < 3:
+        return f"{mean:+.3f}", "too few seeds"
     (_, low_a, high_a), (_, low_b, high_b) = interval(areas), interval(others)
     if low <= 0 <= high:
         return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "no difference measured"
