@@ -31,7 +31,7 @@ import msgrpo
 from frozenlake import SCENARIOS, FrozenLake
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured in results/bench.jsonl.
+# Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured in results/bench*.jsonl.
 DTYPE = "bfloat16" if DEVICE != "cpu" or torch.cpu._is_amx_tile_supported() else "float32"
 
 
@@ -263,7 +263,7 @@ def iterate(agent, trainee, learner, iteration, failed):
     drawn = sorted({*drawn, *rng.permutation(lost)[:s.explore].tolist()})
     rate = s.learning_rate * np.interp(iteration, [0, 10, max(11, s.iterations)], [0, 1, s.final_rate])
     updates = []  # each of neighbouring groups, which share their states
-    for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if len(drawn) else ():
+    for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ():
         parts = gather([msgrpo.accumulate_gradient(trainee, [episodes[i] for i in part], clip=s.clip,
             entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens, share=share, world=WORLD)])
         means = {key: sum(part[key] for part in parts) for key in parts[0]} | {"tokens": parts[0]["tokens"]}

@@ -53,12 +53,13 @@ noisy; unweighted too. `area at equal iterations`. `mixed`: share of groups whos
 mean over the run. A collapse: at the run's end success below half of its own best (best at least .1), or
 less than half of the training answers well formed.
 
-Verdicts, on area, against the question's first arm. Intervals: 95 %, percentile bootstrap over seeds
-(10,000 draws; with 5 to 8 seeds too narrow rather than too wide). "better" or "worse": the arms' intervals
-do not overlap and that of the difference by seed excludes 0. "perhaps": that of the difference excludes 0
-alone. Else "no difference measured". Question 1 is answered yes if gamma 1 is not worse than any other, and
-better than gamma 0, both as is and each tuned; no if an arm is better; AAW buys something if it is better
-than uniform half. Many comparisons are made: a single "perhaps" is no finding.
+Verdicts, on area, against the question's first arm. Intervals: 95 %, percentile bootstrap over seeds (10,000
+draws; with 5 to 8 seeds too narrow rather than too wide). "better" or "worse": the arms' intervals do not
+overlap and that of the difference by seed excludes 0. "perhaps": that of the difference excludes 0 alone.
+Else "no difference measured"; with fewer than three seeds, no verdict. Question 1 is answered yes if gamma 1
+is not worse than any other, and better than gamma 0, both as is and each tuned; no if an arm is better; AAW
+buys something if it is better than uniform half. Many comparisons are made: a single "perhaps" is no
+finding.
 
 Gradients. At the policy of one gamma 1 run (seed 200) after .05, .15 and .4 M tokens: 30 batches of 64 newly
 drawn maps x 8 episodes, the gradient by msgrpo.accumulate_gradient of each rule on the same episodes,
@@ -369,7 +370,7 @@ def measure_gradients(batches=30):
         pairs = np.stack([figures, error]).transpose(2, 1, 0).reshape(len(ESTIMATORS), -1)
         rows += [(name, arm, tokens, now["success"], now["valid"], np.mean(mixed), *pair)
                  for arm, pair in zip(ESTIMATORS, pairs)]
-        learner.optimizer.zero_grad(set_to_none=False)
+        learner.optimizer.zero_grad()
     names = "noise", "noise_error", "alignment", "alignment_error", "cosine", "cosine_error"
     append_rows("gradients.csv", ("policy", "arm", "tokens", "success", "valid", "mixed", *names), rows)
 
