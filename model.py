@@ -151,12 +151,10 @@ class LanguageAgent:
     @torch.no_grad()
     def refresh(self):
         """After an update: run the instructions through the weights as they are, and keep what it gives."""
-        self.prefix, self.known, self.tables = [], {}, self.tensor([])
-        self.memory = []  # what is known of prompts: keys and values, (slots, kv_heads, head_dim), of each layer
+        self.prefix, self.greedy = [], {}
 
         def attend(layer, q, k, v):
             self.prefix.append((k, v))
-            self.memory.append([x[0, :, :0].transpose(0, 1) for x in (k, v)])
             return causal(q, k, v)
         self.model(self.tensor([self.instructions]), attend=attend, rows=[])
 
@@ -177,39 +175,36 @@ class LanguageAgent:
         seen = (slots >= padding)[:, None] & (slots <= slots[begin:, None])
         return len(self.instructions) + slots[begin:] - padding, seen[:, None]
 
-    @torch.no_grad()
-    def act(self, observations, uniforms=None):
-        """Answers, as `msgrpo.Policy` says. A prompt is run once until `refresh`; those that have been continued
-        alike so far share one row of the batch, ended ones leave it. A uniform picks its token by the inverse
-        of the cumulative distribution, so that an answer does not depend on its batch."""
-        if len(self.memory[0][0]) > 1 << 16:  # slots: enough
-            self.refresh()
-        prompts, size, limit = list(map(self.encode, observations)), self.tokenizer.size, self.max_new_tokens
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]:
-            ids, padding, _ = self.rows(new)
-            width, begin, (positions, seen) = ids.shape[1], len(self.memory[0][0]), self.view(padding, 0, ids.shape[1])
+    def act(self, observations, uniforms):
+        """Answers, as `msgrpo.Policy` says; greedy ones are remembered until `refresh`."""
+        if uniforms is not None:
+            return self.answer(observations, uniforms)
+        new = [state for state in dict.fromkeys(observations) if state not in self.greedy]
+        self.greedy |= zip(new, self.answer(new) if new else ())
+        return [self.greedy[state] for state in observations]
 
-            def read(layer, q, *kv):
-                parts = zip(self.memory[layer], kv)
-                self.memory[layer] = [torch.cat([x, y.transpose(1, 2).flatten(0, 1)]) for x, y in parts]
-                return attention(q, *kv, seen, self.prefix[layer])
-            table = self.log_probabilities(ids, positions, read, self.range(width - 1, ids.numel(), width))
-            self.tables = torch.cat([self.tables, table])
-            for prompt in new:  # its slots, and its row of the tables
-                begin += width
-                self.known[prompt] = (*range(begin - len(prompt), begin), len(self.known))
-        slots, padding, parent = self.rows([self.known[prompt] for prompt in prompts])
-        past = [[nn.functional.pad(x[slots[:, :-1]].transpose(1, 2), (0, 0, 0, limit - 1)) for x in kv]
-                for kv in self.memory]
-        table, end, alive = self.tables[slots[:, -1]], slots.shape[1] - 1, self.range(len(prompts))
+    @torch.no_grad()
+    def answer(self, observations, uniforms=None):
+        """`act` without the memory. Prompts that have been continued alike so far share one row of the batch,
+        ended ones leave it. A uniform picks its token by the inverse of the cumulative distribution, so that
+        an answer does not depend on its batch."""
+        prompts = [self.encode(state) for state in observations]
+        new, padding, parent = self.rows(prompts)
+        size, limit, past, end = self.tokenizer.size, self.max_new_tokens, [], 0
+        alive, room = self.range(len(prompts)), new.shape[1] + limit - 1
 
         def attend(layer, q, *kv):
+            if layer == len(past):
+                past.append([x.new_empty(*x.shape[:2], room, x.shape[3]) for x in kv])
             for kept, x in zip(past[layer], kv):
-                kept[:, :, end - 1:end] = x
+                kept[:, :, end - x.shape[2]:end] = x
             return attention(q, *(kept[:, :, :end] for kept in past[layer]), seen, self.prefix[layer])
 
-        tokens, logprobs = (torch.full((len(prompts), limit), x, device=table.device) for x in (-1, 0.0))
+        tokens, logprobs = (torch.full((len(prompts), limit), x, device=new.device) for x in (-1, 0.0))
         for t in range(limit):
+            time, end = new.shape[1], end + new.shape[1]
+            positions, seen = self.view(padding, end - time, end)
+            table = self.log_probabilities(new, positions, attend, self.range(time - 1, new.numel(), time))
             token = table.argmax(-1)[parent]
             if uniforms is not None:
                 cumulative = table.exp().cumsum(-1)[parent]
@@ -221,11 +216,9 @@ class LanguageAgent:
             if t + 1 == limit or not len(alive):
                 break
             branches, parent = (parent[on] * size + token[on]).unique(return_inverse=True)
-            rows, new, end = branches // size, branches[:, None] % size, end + 1
+            rows, new = branches // size, branches[:, None] % size
             if not torch.equal(rows, self.range(len(padding))):
                 past, padding = [[x[rows] for x in kv] for kv in past], padding[rows]
-            positions, seen = self.view(padding, end - 1, end)
-            table = self.log_probabilities(new, positions, attend, slice(None))
         replies = [tuple(row[:n]) for row, n in zip(tokens.tolist(), (tokens >= 0).sum(1).tolist())]
         return [(prompt, said, logs[:len(said)], self.decode(said), said[-1] not in self.tokenizer.end_ids)
                 for prompt, said, logs in zip(prompts, replies, logprobs.tolist())]
