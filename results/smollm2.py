@@ -20,16 +20,14 @@ EXAMPLES = [  # (rows, a good move); none of these boards is held out
     ("P___ _O_O ___O O__G", "down"), ("_O__ _P__ _O__ ___G", "right"), ("____ O__O _PO_ _O_G", "up"),
     ("____ ___P __OO ___G", "left"), ("____ __O_ ____ OP_G", "right"), ("____ OO__ __P_ ___G", "down"),
     ("___O _O__ __P_ __OG", "right"), ("_OPO ____ O___ ___G", "down")]
-FLAGS = """--iterations 24 --groups 16 --group-size 16 --replay .5 --update-episodes 43 --no-normalize-std
-    --learning-rate 2e-4 --final-rate .1 --entropy-coef .03 --invalid-penalty .5 --temperature 1
-    --max-new-tokens 5 --micro-batch-tokens 8192 --checkpoint-every 1 --eval-episodes 50
+FLAGS = """--iterations 45 --groups 16 --group-size 32 --replay .5 --update-episodes 64 --no-normalize-std
+    --learning-rate 1e-4 --final-rate .1 --entropy-coef .03 --invalid-penalty .5 --temperature 1
+    --max-new-tokens 8 --micro-batch-tokens 2048 --checkpoint-every 1 --eval-episodes 100
     --threads 1""".split()
-OPENING = "<action>"
 
 
 class FewShotAgent(lm.LanguageAgent):
-    """A LanguageAgent whose instructions end in turns of the chat, each a state and its answer, and whose own
-    answers have begun: their opening tag belongs to the prompt."""
+    """A LanguageAgent whose instructions end in turns of the chat, each a state and its answer."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -37,11 +35,7 @@ class FewShotAgent(lm.LanguageAgent):
             state = "\n".join(" ".join(row) for row in rows.split())
             answer = self.tokenizer.encode(f"<action>{word}</action>") + self.tokenizer.after[1][:2]
             self.instructions += [*self.encode(state), *answer, *self.tokenizer.before]
-        self.encode = lambda state, encode=self.encode: (*encode(state), *self.tokenizer.encode(OPENING))
         self.refresh()
-
-    def act(self, *args):
-        return [(prompt, said, logs, OPENING + text, cut) for prompt, said, logs, text, cut in super().act(*args)]
 
 
 if __name__ == "__main__":
