@@ -1,7 +1,7 @@
 """Does paying every step the whole episode's reward work, compared with paying by distance from the end?
 And what does AAW buy? Training runs of the tiny model, and gradients measured at fixed policies.
 
-    python results/credit.py                    all of it, about two hours on one core
+    python results/credit.py                    all of it, about four hours on one core
     python results/credit.py --processes 2      one run per core; --report: tables and figures alone
 
 Resumable: a run that is in runs.csv is not repeated; a kill loses the runs under way, no others. In
