@@ -25,7 +25,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
           "BOOL": torch.bool}
 SUPPORTED = {"model_type": ("llama", "qwen2", "qwen3"), "hidden_act": ("silu",), "full_attention": (),
              "rope_type": ("default", "llama3"), "type": ("default", "llama3"), "partial_rotary_factor": (1,),
-             "use_sliding_window": (False,), "quantization_config": ()}  # where config.json has them
+             "use_sliding_window": (False,), "quantization_config": ()}  # if config.json has them; (): refused
 FIELDS = dict.fromkeys("""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim""".split(), int) | {"rms_norm_eps": float, "rope_theta": float,
     "tie_word_embeddings": bool, "mlp_bias": bool, "attention_bias": bool}
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    recompute = False  # activations in the backward pass, where memory is short
+    recompute = False  # True: the backward pass computes activations again, for less memory
     files = {}  # small files that came with the weights, {name: bytes}
 
     def __init__(self, config):
@@ -266,7 +266,7 @@ def blaming(path):
     """Whatever the contents of the file at path do wrong inside is raised as a ValueError that names it."""
     try:
         yield
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         kind = "" if type(error) is ValueError else f"malformed or not supported, {type(error).__name__}: "
@@ -380,7 +380,7 @@ def read_weights(directory):
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT_PIECES = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 TINY_PIECES = r"[A-Z][a-z][^\n]*|</?[a-z]+>|\n[A-Z_](?= )| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
-# Chat templates around the user's text: the first of whose control tokens the vocabulary lacks none.
+# Chat templates around the user's text; the first whose control tokens are all in the vocabulary is taken.
 CHATS = [("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
          ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
           "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"), ("", "\n")]
@@ -444,7 +444,7 @@ class Tokenizer:
         return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", "replace")
 
     def prefix(self, instructions):
-        """Tokens of a prompt up to its state; the x that comes off again cuts them as the state will."""
+        """Tokens of a prompt up to its state; the x, dropped again, lets them end as before a state."""
         return self.before + self.encode(instructions + "\n\nx")[:-1]
 
     def suffix(self, state, think=False):
@@ -482,7 +482,7 @@ def load_pretrained(directory, dtype=torch.float32):
         config = parse_config(files.get("config.json", b""))
         ensure(9 * config.num_hidden_layers <= len(tensors), "num_hidden_layers exceeds the files")
         model = Transformer(config)
-    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # of old; the embedding
+    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # of old; embedding's copy
     tensors = {name: x for name, x in tensors.items() if not name.endswith(spare)}
     has = {(name, x.shape, x.is_floating_point()) for name, x in tensors.items()}
     wrong = has ^ {(name, weight.shape, True) for name, weight in model.state_dict().items()}

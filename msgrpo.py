@@ -157,8 +157,8 @@ def rescore(policy, episodes, budget=16384):
 
 
 def accumulate_gradient(policy, episodes, *, clip=.2, entropy_coef=0.0, budget=16384, share=list, world=1):
-    """Add the gradient of one update's loss to the parameters' .grad; returns the loss over its tokens
-    and means over those that are scored, a dict. The denominator is the number of response tokens of all
+    """Add the gradient of one update's loss to the parameters' .grad; returns a dict: the loss, and
+    means over the scored tokens. The denominator is the number of response tokens of all
     these episodes, so the split into micro-batches changes nothing; steps without credit cost no forward pass
     unless the entropy term needs them.
     share: this process's part of a list, of `world` processes. All make the same number of passes, with a

@@ -1096,6 +1096,20 @@ def test_killed_and_resumed_is_never_stopped(module, name, call, flags, warm, fo
     assert command("--resume", out) == 0 and results(out) == expected
 
 
+def test_saved_before_the_first_update_is_never_saved():
+    """As where all groups are alike at first: Adam's count of steps must not begin at one."""
+    def updated(save):
+        learner = train.Learner(train.Settings(**train.TINY))
+        if save:
+            learner, state = train.Learner(learner.settings), learner.state()
+            learner.load(*state)
+        for weight in learner.master.parameters():
+            weight.grad = torch.full_like(weight, 1e-3)
+        learner.update(.01)
+        return learner.state()[0]
+    torch.testing.assert_close(updated(True), updated(False), rtol=0, atol=0)
+
+
 def test_interrupted_and_resumed_is_never_stopped(warm, found, few_maps, tmp_path, capsys):
     expected, out = found(), tmp_path / "a"
     for argv, call, signals, lines in ((("--checkpoint", warm, "--out", out, *QUICK), 1, 1, 1),

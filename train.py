@@ -51,7 +51,7 @@ class Settings:
     groups: int = setting(2, "groups an iteration, each on its own map [author]", 1)
     group_size: int = setting(16, "episodes a group, all from the same start [author]", 2)
     replay: float = setting(0.0, "share of groups that return to maps where an episode failed", 0, 1)
-    explore: int = setting(0, "most episodes of groups without success that join the draw, for their entropy")
+    explore: int = setting(0, "up to so many episodes of groups without success are added to the draw")
     sampling: str = setting("aaw", "of episodes: aaw, uniform or all", choices=("aaw", "uniform", "all"))
     keep: float = setting(.5, "share of the episodes that aaw and uniform draw", 1e-9, 1)
     update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
@@ -93,8 +93,8 @@ class Settings:
 
 TINY = dict(  # what differs for a model that is born here, and why
     iterations=240, groups=64, group_size=8, update_episodes=64,  # many maps, few episodes of each
-    # Soon most groups are all alike and teach nothing, the policy is sure of what it does on the last maps
-    # that it always fails, and the std blows up groups that are nearly all alike.
+    # replay: soon most groups are all alike. explore: on the last maps that it always fails, the policy is
+    # sure of what it does. No std: it blows up groups that are nearly all alike.
     replay=.5, explore=128, normalize_std=False,
     entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty the answers' form
     # Gradients grow tenfold when the model begins to look at the map.
@@ -108,7 +108,7 @@ def generator(*key):
 
 
 # Several processes: torchrun sets these. All draw the same numbers and keep the same books; they share the
-# playing, the passes of an update, and the float32 state. Alone, what follows hands on what it is given.
+# playing, the passes of an update, and the float32 state. One process alone gets back what it gives.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -158,7 +158,7 @@ class Learner:
     def update(self, learning_rate):
         """A step of AdamW on the gradients; returns their norm. Where that is not finite, nothing changes."""
         norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip)
-        norm = getattr(norm, "full_tensor", lambda: norm)().item()  # of parts, but where there is no gradient
+        norm = getattr(norm, "full_tensor", lambda: norm)().item()  # a DTensor, if there is any gradient
         if np.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = float(learning_rate)
             self.optimizer.step()
@@ -167,13 +167,14 @@ class Learner:
         return norm
 
     def state(self):
-        """(weights, moments), whole, on the CPU: of all processes the first has them."""
-        return get_state_dict(self.master, self.optimizer,
+        """(weights, moments), whole, on the CPU: of all processes the first has them. No moments before the
+        first update: get_state_dict would make them by a step on no gradient, which counts."""
+        return get_state_dict(self.master, self.optimizer if self.optimizer.state else (),
                               options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
-    def load(self, model, optimizer):
-        set_state_dict(self.master, self.optimizer, model_state_dict=model, optim_state_dict=optimizer,
-                       options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1))
+    def load(self, weights, moments):
+        set_state_dict(self.master, self.optimizer if moments else (), model_state_dict=weights,
+            optim_state_dict=moments, options=StateDictOptions(True, broadcast_from_rank0=WORLD > 1))
         self.refresh()
 
     def agent(self, instructions, model=None):
@@ -262,7 +263,7 @@ def iterate(agent, trainee, learner, iteration, failed):
     lost = np.flatnonzero(np.repeat(~success.any(1), s.group_size))
     drawn = sorted({*drawn, *rng.permutation(lost)[:s.explore].tolist()})
     rate = s.learning_rate * np.interp(iteration, [0, 10, max(11, s.iterations)], [0, 1, s.final_rate])
-    updates = []  # each of neighbouring groups, which share their states
+    updates = []  # each of neighbouring groups, as the draw is sorted: they share states
     for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ():
         parts = gather([msgrpo.accumulate_gradient(trainee, [episodes[i] for i in part], clip=s.clip,
             entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens, share=share, world=WORLD)])
@@ -314,7 +315,7 @@ def train(learner, out):
             learner.load(*state.pop("learner"))
     else:
         warm_up(trainee, learner)
-        print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; untrained, sampled:")
+        print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; before MS-GRPO, sampled:")
         state = {"before": evaluate(learner, "noslip", greedy=False), "failed": [], "history": []}
     history = state["history"]  # the lines of metrics.jsonl
     clock -= json.loads(history[-1])["seconds"] if history else 0
@@ -362,7 +363,7 @@ def play_one(learner, *_):
     print(f"{lake.observation()}\n{'reached' if lake.success else 'missed'} the goal in {lake.steps} steps\n")
 
 
-MODES = {"checkpoint": "train a pretrained model, or go on from a run's", "resume": "go on with a run",
+MODES = {"checkpoint": "start a run from a pretrained model or another run's", "resume": "go on with a run",
          "eval": "evaluate a run or a model", "play": "watch a run or a model play a map that --seed chooses"}
 VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
 TAKES = {"resume": set(), "eval": VIEW | {"eval_episodes"}, "play": VIEW | {"seed", "scenario"}}
@@ -392,7 +393,7 @@ def run(argv):
         with lm.blaming(folder / "settings.json"):
             settings = Settings(**lm.parse_json((folder / "settings.json").read_bytes()))
     if mode not in ("tiny", "resume"):
-        given["checkpoint"] = str(folder / "model" if (folder / "model").is_dir() else folder)
+        given["checkpoint"] = str(folder / "model" if (folder / "settings.json").exists() else folder)
     learner = Learner(replace(settings, **given))  # before the folder is made: what cannot start leaves none
     if mode in TAKES:
         return {"resume": train, "eval": evaluate_all, "play": play_one}[mode](learner, folder)

@@ -6,7 +6,7 @@
 Under train.py's prompt the untuned model talks of other things: no answer is ever valid, so every episode
 of a group is alike and there is nothing to learn from. Here two examples stand behind the instructions, as
 turns of the chat, and the answer's tags are given: the model says the word between them, any one token of its
-vocabulary. That is valid at nine steps of ten and close to uniform over the four words. And an episode has 12
+vocabulary. That is valid at nine steps of ten, and no word has more than a third. And an episode has 12
 steps, not 8, so that random play wins now and then. All else is train.py; flags that are given replace FLAGS.
 """
 import sys
@@ -28,10 +28,9 @@ OPEN, CLOSE = "<action>", "</action>"
 
 
 class WordAgent(lm.LanguageAgent):
-    """A LanguageAgent whose instructions end in turns of the chat, each a state and its answer, and which says
-    the word of an answer alone. So all that can be said in a state is one row of the head: it is kept until
-    the weights change, and the cost of a group follows from the states that it visits, not from its episodes.
-    """
+    """A LanguageAgent whose instructions end in turns of the chat, each a state and its answer, and which
+    says the word of an answer alone. So all that can be said in a state is one row of logits: it is kept
+    until the weights change, .4 MB a state. A group costs what its states cost, however many its episodes."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -63,7 +62,8 @@ class WordAgent(lm.LanguageAgent):
             table, cumulative = self.tables[prompt]
             token = int(table.argmax()) if uniforms is None else min(len(table) - 1, int(
                 torch.searchsorted(cumulative, cumulative[-1] * uniforms[i, 0], right=True)))
-            answers.append((prompt, (token,), [float(table[token])], OPEN + self.decode((token,)) + CLOSE, False))
+            text = OPEN + self.decode((token,)) + CLOSE
+            answers.append((prompt, (token,), [float(table[token])], text, False))
         return answers
 
 
