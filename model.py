@@ -25,7 +25,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
           "BOOL": torch.bool}
 SUPPORTED = {"model_type": ("llama", "qwen2", "qwen3"), "hidden_act": ("silu",), "full_attention": (),
              "rope_type": ("default", "llama3"), "type": ("default", "llama3"), "partial_rotary_factor": (1,),
-             "use_sliding_window": (False,), "quantization_config": ()}  # if there; (): refused
+             "use_sliding_window": (False,), "quantization_config": ()}  # as far as given; (): refused
 FIELDS = dict.fromkeys("""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim""".split(), int) | {"rms_norm_eps": float, "rope_theta": float,
     "tie_word_embeddings": bool, "mlp_bias": bool, "attention_bias": bool}
@@ -482,7 +482,7 @@ def load_pretrained(directory, dtype=torch.float32):
         config = parse_config(files.get("config.json", b""))
         ensure(9 * config.num_hidden_layers <= len(tensors), "num_hidden_layers exceeds the files")
         model = Transformer(config)
-    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # of old; its copy
+    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # old buffer; a copy
     tensors = {name: x for name, x in tensors.items() if not name.endswith(spare)}
     has = {(name, x.shape, x.is_floating_point()) for name, x in tensors.items()}
     wrong = has ^ {(name, weight.shape, True) for name, weight in model.state_dict().items()}

@@ -6,8 +6,8 @@
 Under train.py's prompt the untuned model talks of other things: no answer is ever valid, so every episode
 of a group is alike and there is nothing to learn from. Here two examples stand behind the instructions, as
 turns of the chat, and the answer's tags are given: the model says the word between them, any one token of its
-vocabulary. That is valid at nine steps of ten, and no word has more than a third. And an episode has 12
-steps, not 8, so that random play wins now and then. All else is train.py; flags that are given replace FLAGS.
+vocabulary. That is valid at nine steps of ten, and no word has more than a third on average. An episode has
+12 steps, not 8, so that random play wins now and then. All else is train.py; flags given replace FLAGS.
 """
 import sys
 from pathlib import Path
@@ -39,7 +39,8 @@ class WordAgent(lm.LanguageAgent):
             state = "\n".join(" ".join(row) for row in rows.split())
             answer = ids(f"{OPEN}{word}{CLOSE}") + self.tokenizer.after[1][:2]
             self.instructions += [*self.encode(state), *answer, *self.tokenizer.before]
-        self.encode = lambda state, encode=self.encode: (*encode(state), *ids(OPEN))
+        encode, opening = self.encode, ids(OPEN)
+        self.encode = lambda state: (*encode(state), *opening)
         self.decode = lambda tokens, decode=self.decode: decode(tokens).removesuffix(OPEN)
         self.refresh()
 
