@@ -299,19 +299,18 @@ def compare(name, dtype, batch, states, args):
                   "unequal_answers": len({(step.prompt, step.response) for step in steps}),
                   "tokens": batch * args.new, "operations": useful_operations(model.config, prefix, steps),
                   "matmul_peak": matmul_peak(dtype)}
-        if dtype == "float32":
-            record |= check(sides, steps[:32], advantages[:32])
         work = {"dtype": dtype, "prefix": prefix, "new": args.new, "advantages": advantages,
                 "steps": [[step.prompt, step.response, step.logprobs] for step in steps]}
         (Path(directory) / "work.json").write_text(json.dumps(work))
+        for kind in kinds:  # before this process has a heap of its own from the same work
+            record[f"{kind.__name__.lower()}_memory"] = in_child(directory, kind.__name__, args)
+        if dtype == "float32":
+            record |= check(sides, steps[:32], advantages[:32])
         for what, calls in (
                 ("rollout", [functools.partial(timed, side.rollout, prompts) for side in sides[:2]]),
                 ("update", [functools.partial(update_seconds, side, steps, advantages) for side in sides])):
             for side, seconds in zip(sides, turns(args.repeats, calls)):
                 record[f"{side.name}_{what}"] = seconds
-        del sides, model
-        for kind in kinds:
-            record[f"{kind.__name__.lower()}_memory"] = in_child(directory, kind.__name__, args)
     return record
 
 
