@@ -16,18 +16,21 @@ memory   peak resident memory of one update, gradients included, in a process of
 states   distinct: no two equal. played: those met after three random moves by groups of 16 episodes, where
          ours profits from equal ones.
 
-In float32, before the clock starts, all must agree: log-probabilities within 1e-4, gradients within 1e-4 of
-their norm. Figures are medians of --repeats. matmul is the best rate of square matrix products in that dtype,
-measured here too; the update's share of it counts useful operations, each needed token once: 6 per weight of
-the layers and token of instructions, unequal prompts and unequal answers (but their last); 12 heads head_dim
-per token and token that it sees, in each layer; 6 hidden vocabulary per token of an unequal answer. smollm2
-has SmolLM2-135M's shape with random weights and a token for each word and symbol; or --checkpoint gives real
-ones. The raw figures go to --out, a JSON object per line, the table to the terminal.
+In float32, before the clock starts, up to 32 answers must agree: log-probabilities with transformers' within
+1e-4, gradients, TRL's too, within 1e-4 of their norm. Figures are medians of --repeats. matmul is the best
+rate of square matrix products in that dtype, measured here too; the update's share of it counts useful
+operations, each needed token once: 6 per weight of the layers and token of instructions, unequal prompts and
+unequal answers (but their last); 12 heads head_dim per token and token that it sees, in each layer; 6 hidden
+vocabulary per token of an unequal answer. smollm2 has SmolLM2-135M's shape with random weights and a token
+for each word and symbol; or --checkpoint gives real ones. The raw figures go to --out, a JSON object per
+line, in place when all are there (before, to --out with .part behind it), the table to the terminal.
 """
 import argparse
 import functools
+import importlib.metadata
 import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -394,13 +397,17 @@ def main():
         parser.error("--trl wants --checkpoint and --models smollm2: it needs a tokenizer's files")
     if args.child:
         return child(args.child[0], Path(args.child[1]))
-    machine = {"torch": torch.__version__, "threads": args.threads, "new": args.new,
-               "real_weights": bool(args.checkpoint)}
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())  # ARM gives none
+    machine = {"cpu": cpu and cpu[1], "torch": torch.__version__, "threads": args.threads, "new": args.new,
+               "real_weights": bool(args.checkpoint),
+               **{name: importlib.metadata.version(name) for name in ["transformers", *["trl"] * args.trl]}}
     cases = itertools.product(args.models, args.dtypes, args.batches, args.states)
     records = itertools.chain([machine], (compare(*case, args) for case in cases),
                               () if args.no_growth else growth(args))
-    with open(args.out, "w") as file:
+    part = args.out.with_name(args.out.name + ".part")
+    with open(part, "w") as file:
         table([show(record, file) for record in records])
+    os.replace(part, args.out)
 
 
 if __name__ == "__main__":

