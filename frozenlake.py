@@ -66,8 +66,7 @@ def draw_map(scenario, rng, held_out=False):
 @functools.cache
 def held_out_maps(scenario):
     """Every held-out map of a 4x4 scenario, and each one's share of the generator's probability."""
-    boards = ["S" + "".join(tiles) + "G" for tiles in itertools.product("FH", repeat=14)]
-    maps = ([board[i:i + 4] for i in (0, 4, 8, 12)] for board in boards)
+    maps = ([f"S{''.join(x)}G"[i:i + 4] for i in (0, 4, 8, 12)] for x in itertools.product("FH", repeat=14))
     maps = [desc for desc in maps if is_held_out(desc) and solvable(desc)]
     holes = np.array(["".join(desc).count("H") for desc in maps])
     weights = scenario.p ** (14 - holes) * (1 - scenario.p) ** holes

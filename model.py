@@ -103,6 +103,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """A Config's decoder: token embeddings, blocks, a norm, and a head that may be the embeddings again."""
     recompute = False  # True: the backward pass computes activations again, for less memory
     files = {}  # small files that came with the weights, {name: bytes}
 
@@ -152,11 +153,8 @@ class LanguageAgent:
     def refresh(self):
         """After an update: run the instructions through the weights as they are, and keep what it gives."""
         self.prefix, self.greedy = [], {}
-
-        def attend(layer, q, k, v):
-            self.prefix.append((k, v))
-            return causal(q, k, v)
-        self.model(self.tensor([self.instructions]), attend=attend, rows=[])
+        self.model(self.tensor([self.instructions]), rows=[], attend=lambda layer, q, *kv: (
+            self.prefix.append(kv) or causal(q, *kv)))
 
     def log_probabilities(self, *tree):
         """Of the tokenizer's tokens (a model may have further rows) at this temperature: (rows, size)."""
@@ -289,11 +287,8 @@ def replacing(path):
 
 def parse_json(data):
     """The object in a JSON file's bytes: strict UTF-8, no NaN, no key twice. Call it inside `blaming`."""
-    def unique(pairs):
-        ensure(len(dict(pairs)) == len(pairs), "a JSON object has a key twice")
-        return dict(pairs)
-
-    return {} | json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant={}.__getitem__)
+    return {} | json.loads(data.decode(), parse_constant={}.__getitem__, object_pairs_hook=lambda pairs: (
+        ensure(len(dict(pairs)) == len(pairs), "a JSON object has a key twice") or dict(pairs)))
 
 
 def parse_config(data):
@@ -477,9 +472,9 @@ def load_pretrained(directory, dtype=torch.float32):
             found = parse_json(files.get(name, b"{}")).get("eos_token_id")
             ends += found if isinstance(found, list) else [] if found is None else [found]
             ensure({*map(type, ends)} <= {int}, f"eos_token_id is {found!r:.99}")
+            config = name == "config.json" and parse_config(files.get(name, b""))  # before gigabytes are read
     tensors = read_weights(directory)
     with blaming(directory / "config.json"), torch.device("meta"):
-        config = parse_config(files.get("config.json", b""))
         ensure(9 * config.num_hidden_layers <= len(tensors), "num_hidden_layers exceeds the files")
         model = Transformer(config)
     spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # old buffer; a copy

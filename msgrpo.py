@@ -24,12 +24,11 @@ One iteration:
 
 Not here: GRPO's KL term (no reference model is held) and its mean per sequence before the mean over sequences
 (it would weight tokens of short answers more); nor a second normalisation after the draw. What is true of
-step 4: without std, clip and AAW it is an unbiased policy gradient, since E[grad log pi(a_t|s_t) * (reward
-earned before t)] = 0, and usually one of more variance than reward to go; with a reward at the end only and
-gamma = 1, both are the same number. The std rescales groups, and AAW follows sum_i |A_i| A_i grad log pi
-instead: a deliberate bias.
+step 4: without std, clip and AAW, and but for a factor (G - 1) / G and the random number of tokens, it is an
+unbiased policy gradient, since E[grad log pi(a_t|s_t) * (reward earned before t)] = 0, usually of more
+variance than reward to go; with a reward at the end only and gamma = 1, both are the same number. The std
+rescales groups; AAW, where more than K have A != 0, leans to sum_i |A_i| A_i grad log pi: deliberate bias.
 """
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,7 +75,7 @@ class Step:
 
 
 def play(policy, games, greedy=False):
-    """The games' episodes, played to their ends in lockstep, one batch of answers a step; ended ones leave.
+    """[steps of each game], played to their ends in lockstep, one batch of answers a step; ended ones leave.
     An episode's samples come from its game's own generator, so they do not depend on what else is played."""
     episodes = [[] for _ in games]
     live = list(zip(games, episodes))
@@ -84,8 +83,7 @@ def play(policy, games, greedy=False):
         uniforms = None if greedy else np.stack([game.rng.random(policy.max_new_tokens) for game, _ in live])
         answers = policy.act([game.observation() for game, _ in live], uniforms)
         for (game, episode), answer in zip(live, answers):
-            text = answer[3]
-            episode.append(Step(*answer, *game.step(text), game.success))
+            episode.append(Step(*answer, *game.step(answer[3]), game.success))
         live = [(game, episode) for game, episode in live if not episode[-1].done]
     return episodes
 
@@ -162,20 +160,21 @@ def accumulate_gradient(policy, episodes, *, clip=.2, entropy_coef=0.0, budget=1
     these episodes, so the split into micro-batches changes nothing; steps without credit cost no forward pass
     unless the entropy term needs them.
     share: this process's part of a list, of `world` processes. All make the same number of passes, with a
-    step of no weight where there is none left; gradients are to be averaged, means to be added."""
+    step of no weight where there is none left; gradients are to be averaged, means (not tokens) added."""
     steps = [step for episode in episodes for step in episode]
     scored = [step for step in steps if step.credit or entropy_coef]
     tokens, n = (sum(len(step.response) for step in x) for x in (steps, scored))
     means = torch.zeros(4, dtype=torch.float64)
     for batch in micro_batches(scored, budget * world):
-        mine = share(batch)
+        pairs = {*share([*dict.fromkeys((step.prompt, step.response) for step in batch)])}
+        mine = [step for step in batch if (step.prompt, step.response) in pairs]
         weight, batch = float(len(mine) > 0), mine or batch[:1]
         logprobs, entropy = policy.score(batch)
         old = torch.tensor([x for step in batch for x in step.logprobs], device=logprobs.device)
         credit = torch.tensor([step.credit for step in batch for _ in step.response], device=logprobs.device)
         objective, clipped = clipped_objective(logprobs, old, credit, clip)
         gap = (logprobs.detach() - old).abs()
-        loss = -(objective + entropy_coef * (gap <= math.log1p(clip)) * entropy).sum() / tokens
+        loss = -(objective + entropy_coef * (gap.expm1() <= clip) * entropy).sum() / tokens
         (loss * weight * world).backward()
         means += weight * torch.stack([loss, *(x.sum() / n for x in (entropy, clipped, gap))]).detach().cpu()
     return dict(zip(("loss", "entropy", "clip_share", "logprob_gap"), means.tolist())) | {"tokens": tokens}

@@ -370,6 +370,26 @@ def test_micro_batches():
     assert max(map(len, pairs)) == 3  # of 8 tokens each
 
 
+def test_equal_answers_stay_with_one_process():
+    """Of two processes each scores its part of the unequal answers; a step in excess has no weight."""
+    steps = [msgrpo.Step((1,), (2,), [0.0], credit=1.0) for _ in range(6)]
+    steps += [msgrpo.Step((1,), (i,), [0.0], credit=1.0) for i in range(3, 8)]
+    scored, losses = [], []
+
+    def score(batch):
+        scored.append(batch)
+        return torch.zeros(len(batch), requires_grad=True), torch.zeros(len(batch))
+    for rank in range(2):
+        means = msgrpo.accumulate_gradient(
+            SimpleNamespace(score=score), [steps], budget=4, world=2,
+            share=lambda items, i=rank: items[len(items) * i // 2:len(items) * (i + 1) // 2])
+        losses.append(means["loss"])
+    answers, passes = [{step.response for step in batch} for batch in scored], len(scored) // 2
+    first, second = set().union(*answers[:passes]), set().union(*answers[passes:])
+    assert not first & second and len(first | second) == 6 and max(map(len, answers)) == 2  # of 4 tokens
+    assert sum(map(len, scored)) == len(steps) and sum(losses) == pytest.approx(-1)
+
+
 def test_greedy_answers_are_remembered_until_the_weights_change(monkeypatch):
     agent, asked = corridor_agent(), []
     answer = agent.answer
@@ -859,10 +879,11 @@ def metrics_of(out):
 
 
 def results(out):
-    """Metrics and summary of a run without the readings of clocks and of memory, and its weights."""
+    """Metrics and summary of a run, without readings of clocks and echoes of settings, and its weights."""
     records = [*metrics_of(out), json.loads((out / "summary.json").read_text())]
-    return [{key: value for key, value in record.items() if "second" not in key and "memory" not in key}
-            for record in records], (out / "model/model.safetensors").read_bytes()
+    return [{key: value for key, value in record.items()
+             if "second" not in key and key not in ("seed", "learning_rate")} for record in records], (
+        out / "model/model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -970,8 +991,9 @@ TWO = ("--iterations", 2)
 def test_every_flag_changes_something(name, found, few_maps):
     flag, value = f"--{name.replace('_', '-')}", CHANGES[name]
     flags = (flag if value else f"--no-{flag[2:]}",) if isinstance(value, bool) else (flag, value)
-    some = ("--iterations", 12) if name == "final_rate" else TWO  # the first ten are the ramp
-    assert found(*some, *flags)[0] != found(*some)[0]
+    some = TWO if name != "final_rate" else (  # the first ten iterations are the ramp; later ones must update
+        "--iterations", 12, "--sampling", "all", "--entropy-coef", .05)
+    assert found(*some, *flags) != found(*some)
 
 
 def test_flags_that_change_no_figure(found, few_maps, monkeypatch):
@@ -979,7 +1001,7 @@ def test_flags_that_change_no_figure(found, few_maps, monkeypatch):
     assert {field.name for field in dataclasses.fields(train.Settings)} == CHANGES.keys() | elsewhere
     layers, threads = count_recomputed(monkeypatch), []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    found(*TWO, "--recompute", "--threads", 2)
+    assert found(*TWO, "--recompute", "--threads", 2) == found(*TWO)
     assert layers and threads == [2]
     lost = *TWO, "--scenario", "big", "--invalid-penalty", 0.0  # all is lost: none to draw, many to explore
     assert found(*lost)[0][0]["updates"] == 0 < found(*lost, "--explore", 9)[0][0]["updates"]
@@ -992,7 +1014,8 @@ def test_flags_that_change_no_figure(found, few_maps, monkeypatch):
 HOMES = {"RUN", "STOPPED", "CUTSTATE", "CUTMODEL", "CUTSETTINGS", "EMPTY", "FOREIGN"}
 REFUSALS = {  # use: a word of the message
     "--tiny --nonsense": "--nonsense", "--tiny --iter 3": "--iter", "--tiny extra": "extra", "": "--tiny",
-    "--tiny --gamma 2": "gamma", "--tiny --gamma nan": "gamma", "--tiny --groups 0": "groups",
+    "--tiny --gamma 2": "gamma", "--tiny --gamma nan": "gamma", "--tiny --max-gap inf": "max-gap",
+    "--tiny --groups 0": "groups",
     "--tiny --sampling best": "sampling", "--tiny --iterations x": "iterations",
     "--tiny --eval RUN": "--tiny",
     "--tiny --device banana": "banana", "--tiny --device cuda:99": "", "--eval RUN --gamma .5": "gamma",
@@ -1031,6 +1054,48 @@ def test_refusals(use, homes, capfd, monkeypatch):
     assert len(lines) == 1 and REFUSALS[use] in lines[0], lines
     assert before.items() <= snapshot(homes).items()
     assert {path.name for path in homes.iterdir()} <= HOMES | {"runs"}
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
+    def run(argv):
+        raise error
+    monkeypatch.setattr(train, "run", run)
+    assert command("--tiny") == 2 and "lower --micro-batch-tokens" in capsys.readouterr().err
+    error = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError, match="ours"):
+        command("--tiny")
+
+
+def test_resumed_from_another_folder(warm, few_maps, tmp_path, monkeypatch):
+    """A run knows its checkpoint wherever it is gone on with, and with smaller passes if need be."""
+    shutil.copytree(warm, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    assert command("--checkpoint", "base", "--out", "run", *QUICK) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert command("--resume", "../run", "--micro-batch-tokens", 99) == 0
+
+
+def test_all_won(warm, monkeypatch):
+    """Success of 1 has an interval too, though the weights' sum may exceed 1 by a rounding."""
+    settings = train.Settings(**json.loads((warm / "settings.json").read_text()))
+    monkeypatch.setattr(msgrpo, "play", lambda policy, games, greedy: [
+        [msgrpo.Step((), (), valid=True, success=True)] for _ in games])
+    learner = SimpleNamespace(settings=dataclasses.replace(settings, eval_episodes=1000), agent=id)
+    for name in ("noslip", "big"):
+        figures = train.evaluate(learner, name, greedy=name == "big")
+        assert figures["success"] == pytest.approx(1) and 0 < figures["half_interval"] < .04
+
+
+def test_unsupported_is_said_before_weights_are_read(checkpoint, monkeypatch):
+    directory = checkpoint("llama-biases")
+    edit(directory / "config.json", model_type="mistral")
+    monkeypatch.setattr(lm, "read_weights", lambda directory: pytest.fail("read"))
+    with pytest.raises(ValueError, match="mistral"):
+        lm.load_pretrained(directory)
 
 
 def test_checkpoint_of_another_make(checkpoint, few_maps, tmp_path, capsys):

@@ -8,10 +8,11 @@
 
 A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.pt (to resume from), model/
 (in Hugging Face's format) and summary.json. Random numbers follow from (seed, iteration, episode), not from
-what was drawn before: a resumed run goes on bit for bit.
+what was drawn before: on a CPU, a resumed run goes on bit for bit.
 """
 import argparse
 import copy
+import datetime
 import json
 import os
 import signal
@@ -35,7 +36,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE != "cpu" or torch.cpu._is_amx_tile_supported() else "float32"
 
 
-def setting(default, text, low=0, high=np.inf, choices=()):
+def setting(default, text, low=0, high=1e18, choices=()):
     return field(default=default, metadata={"help": text, "range": (low, high, choices)})
 
 
@@ -137,8 +138,8 @@ class Learner:
         model, self.tokenizer = lm.load_pretrained(s.checkpoint) if s.checkpoint else tiny_start(s)
         lm.ensure(self.tokenizer, f"{s.checkpoint} has no tokenizer.json: there is no text without one")
         with lm.blaming(f"--device {s.device}"):
-            self.master, dtype = model.to(s.device), getattr(torch, s.dtype)
-        self.model = copy.deepcopy(model).to(dtype)
+            self.model = copy.deepcopy(model).to(s.device, dtype := getattr(torch, s.dtype))
+            self.master = model if WORLD > 1 else model.to(s.device)  # FSDP2 moves layer by layer
         self.trained = model if WORLD > 1 else self.model
         if WORLD > 1:  # FSDP2: each holds a part of all weights, gradients, moments; gradients are averaged
             precision = MixedPrecisionPolicy(dtype, torch.float32)
@@ -224,7 +225,7 @@ def warm_up(agent, learner):
 def evaluate(learner, name, greedy=True):
     """Success on held-out maps, a random player's and the optimal one's: printed, and returned as a dict.
     4x4 without slipping: each held-out map once, so greedy figures are exact; `success` weights a map by its
-    probability. Else the same `eval_episodes` episodes every time; with half the width of a 95 % interval."""
+    probability. Else the same `eval_episodes` episodes every time; with half of Wilson's 95 % interval."""
     s, scenario, rng = learner.settings, SCENARIOS[name], generator(0)
     exact, n = scenario.size == 4 and scenario.success_rate == 1, s.eval_episodes
     maps, weights = frozenlake.held_out_maps(scenario) if exact else (
@@ -234,7 +235,8 @@ def evaluate(learner, name, greedy=True):
     success = np.array([episode[-1].success for episode in episodes], float)
     mean, valid = float(weights @ success), [step.valid for episode in episodes for step in episode]
     optimal, uniform = (weights @ np.array([lake.success_bounds() for lake in lakes])).tolist()
-    half = 0.0 if exact and greedy else 1.96 * (mean * (1 - mean) * float(weights @ weights)) ** .5
+    z = 3.84 * float(weights @ weights)
+    half = 0.0 if exact and greedy else (mean * (1 - mean) * z + z * z / 4) ** .5 / (1 + z)
     figures = {"success": mean, "half_interval": half, "unweighted": float(success.mean()), "random": uniform,
                "optimal": optimal, "valid": sum(valid) / len(valid), "episodes": len(maps)}
     print(f"{name:12s}", *(f"{key} {value:<6.4g}" for key, value in figures.items()), flush=True)
@@ -264,7 +266,8 @@ def iterate(agent, trainee, learner, iteration, failed):
     drawn = sorted({*drawn, *rng.permutation(lost)[:s.explore].tolist()})
     rate = s.learning_rate * np.interp(iteration, [0, 10, max(11, s.iterations)], [0, 1, s.final_rate])
     updates = []  # each of neighbouring groups, as the draw is sorted: they share states
-    for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ():
+    split = np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ()
+    for part in (part for part in split if s.entropy_coef or advantages[part].any()):
         parts = gather([msgrpo.accumulate_gradient(trainee, [episodes[i] for i in part], clip=s.clip,
             entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens, share=share, world=WORLD)])
         means = {key: sum(part[key] for part in parts) for key in parts[0]} | {"tokens": parts[0]["tokens"]}
@@ -311,7 +314,7 @@ def train(learner, out):
     agent, trainee = learner.agent(instructions), learner.agent(instructions, learner.trained)
     if path.exists():
         with lm.blaming(path):
-            state = torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             learner.load(*state.pop("learner"))
     else:
         warm_up(trainee, learner)
@@ -366,7 +369,8 @@ def play_one(learner, *_):
 MODES = {"checkpoint": "start a run from a pretrained model or another run's", "resume": "go on with a run",
          "eval": "evaluate a run or a model", "play": "watch a run or a model play a map that --seed chooses"}
 VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
-TAKES = {"resume": set(), "eval": VIEW | {"eval_episodes"}, "play": VIEW | {"seed", "scenario"}}
+TAKES = {"resume": {"micro_batch_tokens", "recompute"}, "eval": VIEW | {"eval_episodes"},
+         "play": VIEW | {"seed", "scenario"}}
 
 
 def run(argv):
@@ -393,7 +397,7 @@ def run(argv):
         with lm.blaming(folder / "settings.json"):
             settings = Settings(**lm.parse_json((folder / "settings.json").read_bytes()))
     if mode not in ("tiny", "resume"):
-        given["checkpoint"] = str(folder / "model" if (folder / "settings.json").exists() else folder)
+        given["checkpoint"] = str(Path(folder, "model" * (folder / "settings.json").exists()).resolve())
     learner = Learner(replace(settings, **given))  # before the folder is made: what cannot start leaves none
     if mode in TAKES:
         return {"resume": train, "eval": evaluate_all, "play": play_one}[mode](learner, folder)
@@ -412,12 +416,14 @@ def main(argv=None):
         if WORLD > 1:
             if DEVICE == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group()
+            torch.distributed.init_process_group(timeout=datetime.timedelta(hours=2))  # of a large write
             sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # the first process alone speaks
         run(argv)
         return 0
-    except (torch.OutOfMemoryError, MemoryError):
-        error = "out of memory: lower --micro-batch-tokens or --group-size; results/memory.py tells the need"
+    except (RuntimeError, MemoryError) as caught:
+        if not any(words in repr(caught) for words in ("MemoryError", "allocate memory")):  # a GPU's, a CPU's
+            raise
+        error = "out of memory: lower --micro-batch-tokens, --groups, --eval-episodes; see results/memory.py"
     except (ValueError, OSError, KeyboardInterrupt) as caught:
         error = str(caught) or "interrupted"
     print(f"train.py: {error}", file=sys.stderr)
