@@ -1015,7 +1015,7 @@ HOMES = {"RUN", "STOPPED", "CUTSTATE", "CUTMODEL", "CUTSETTINGS", "EMPTY", "FORE
 REFUSALS = {  # use: a word of the message
     "--tiny --nonsense": "--nonsense", "--tiny --iter 3": "--iter", "--tiny extra": "extra", "": "--tiny",
     "--tiny --gamma 2": "gamma", "--tiny --gamma nan": "gamma", "--tiny --max-gap inf": "max-gap",
-    "--tiny --groups 0": "groups",
+    "--tiny --groups 0": "groups", "--tiny --threads 100000000000": "threads",
     "--tiny --sampling best": "sampling", "--tiny --iterations x": "iterations",
     "--tiny --eval RUN": "--tiny",
     "--tiny --device banana": "banana", "--tiny --device cuda:99": "", "--eval RUN --gamma .5": "gamma",

@@ -1,6 +1,6 @@
 """Train a language model to cross frozen lakes by MS-GRPO, evaluate it on unseen ones, watch it play.
 
-    python train.py --tiny                      a transformer from nothing, on a laptop's CPU
+    python train.py --tiny                      a transformer from nothing, on two CPU cores
     python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama in Hugging Face's format
     python train.py --resume DIR                go on with a run that was stopped or killed
     python train.py --eval DIR, or --play DIR   what a run or a checkpoint can do, in figures or move by move
@@ -73,7 +73,7 @@ class Settings:
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     dtype: str = setting(DTYPE, "of passes here, float32 or bfloat16", choices=("float32", "bfloat16"))
     device: str = setting(DEVICE, "of the model, here")
-    threads: int = setting(torch.get_num_threads(), "of the CPU, here; sums depend on it", 1)
+    threads: int = setting(torch.get_num_threads(), "of the CPU, here; sums depend on it", 1, 4096)
     checkpoint_every: int = setting(20, "iterations between states to resume from", 1)
     eval_every: int = setting(0, "iterations between evaluations on noslip; 0: at the end alone")
     eval_episodes: int = setting(1000, "of each scenario that slips or is larger", 1)
