@@ -259,14 +259,20 @@ def ensure(good, reason):
         raise ValueError(reason)
 
 
+def out_of_memory(error):
+    """Is this exception a want of memory? Of a CPU's, torch makes a bare RuntimeError."""
+    cpu = type(error) is RuntimeError and "can't allocate memory" in str(error)
+    return cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
 @contextlib.contextmanager
 def blaming(path):
     """Whatever the contents of the file at path do wrong inside is raised as a ValueError that names it."""
     try:
         yield
-    except (OSError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise
         kind = "" if type(error) is ValueError else f"malformed or not supported, {type(error).__name__}: "
         raise ValueError(f"{path}: {kind}{' '.join(str(error).split())[:500]}") from None
 

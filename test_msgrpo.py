@@ -1061,11 +1061,14 @@ def test_refusals(use, homes, capfd, monkeypatch):
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
 def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
     def run(argv):
-        raise error
+        with lm.blaming("a file"):
+            raise error
     monkeypatch.setattr(train, "run", run)
     assert command("--tiny") == 2 and "lower --micro-batch-tokens" in capsys.readouterr().err
-    error = RuntimeError("a mistake of ours")
-    with pytest.raises(RuntimeError, match="ours"):
+    error = RuntimeError("can't read")
+    assert command("--tiny") == 2 and "a file: malformed" in capsys.readouterr().err
+    monkeypatch.setattr(train, "run", lambda argv: torch.zeros(2).view(3))
+    with pytest.raises(RuntimeError, match="invalid"):  # a mistake of ours
         command("--tiny")
 
 

@@ -12,7 +12,6 @@ what was drawn before: on a CPU, a resumed run goes on bit for bit.
 """
 import argparse
 import copy
-import datetime
 import json
 import os
 import signal
@@ -265,9 +264,8 @@ def iterate(agent, trainee, learner, iteration, failed):
     lost = np.flatnonzero(np.repeat(~success.any(1), s.group_size))
     drawn = sorted({*drawn, *rng.permutation(lost)[:s.explore].tolist()})
     rate = s.learning_rate * np.interp(iteration, [0, 10, max(11, s.iterations)], [0, 1, s.final_rate])
-    updates = []  # each of neighbouring groups, as the draw is sorted: they share states
-    split = np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ()
-    for part in (part for part in split if s.entropy_coef or advantages[part].any()):
+    updates, split = [], np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ()
+    for part in (x for x in split if s.entropy_coef or advantages[x].any()):  # sorted: equal states together
         parts = gather([msgrpo.accumulate_gradient(trainee, [episodes[i] for i in part], clip=s.clip,
             entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens, share=share, world=WORLD)])
         means = {key: sum(part[key] for part in parts) for key in parts[0]} | {"tokens": parts[0]["tokens"]}
@@ -403,8 +401,7 @@ def run(argv):
         return {"resume": train, "eval": evaluate_all, "play": play_one}[mode](learner, folder)
     out = Path(out or next(f"runs/{i:04d}" for i in range(1, 9999) if not Path(f"runs/{i:04d}").exists()))
     lm.ensure(not (out.is_dir() and any(out.iterdir())), f"{out} is not empty: --resume it, or another --out")
-    out = gather([out])[0]
-    out.mkdir(parents=True, exist_ok=True)
+    (out := gather([out])[0]).mkdir(parents=True, exist_ok=True)
     write(out / "settings.json", json.dumps(asdict(learner.settings), indent=2) + "\n")
     print(f"this run is {out}; if it is stopped, go on with: python train.py --resume {out}", flush=True)
     train(learner, out)
@@ -416,12 +413,12 @@ def main(argv=None):
         if WORLD > 1:
             if DEVICE == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group(timeout=datetime.timedelta(hours=2))  # of a large write
+            torch.distributed.init_process_group(timeout=4 * torch.distributed.constants.default_pg_timeout)
             sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # the first process alone speaks
         run(argv)
         return 0
     except (RuntimeError, MemoryError) as caught:
-        if not any(words in repr(caught) for words in ("MemoryError", "allocate memory")):  # a GPU's, a CPU's
+        if not lm.out_of_memory(caught):
             raise
         error = "out of memory: lower --micro-batch-tokens, --groups, --eval-episodes; see results/memory.py"
     except (ValueError, OSError, KeyboardInterrupt) as caught:

@@ -22,15 +22,14 @@ rate of square matrix products in that dtype, measured here too; the update's sh
 operations, each needed token once: 6 per weight of the layers and token of instructions, unequal prompts and
 unequal answers (but their last); 12 heads head_dim per token and token that it sees, in each layer; 6 hidden
 vocabulary per token of an unequal answer. smollm2 has SmolLM2-135M's shape with random weights and a token
-for each word and symbol; or --checkpoint gives real ones. The raw figures go to --out, a JSON object per
-line, in place when all are there (before, to --out with .part behind it), the table to the terminal.
+for each word and symbol; or --checkpoint gives real ones. The raw figures are added to --out, a JSON object
+per line, the table goes to the terminal.
 """
 import argparse
 import functools
 import importlib.metadata
 import itertools
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -404,10 +403,8 @@ def main():
     cases = itertools.product(args.models, args.dtypes, args.batches, args.states)
     records = itertools.chain([machine], (compare(*case, args) for case in cases),
                               () if args.no_growth else growth(args))
-    part = args.out.with_name(args.out.name + ".part")
-    with open(part, "w") as file:
+    with open(args.out, "a") as file:
         table([show(record, file) for record in records])
-    os.replace(part, args.out)
 
 
 if __name__ == "__main__":
