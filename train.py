@@ -20,6 +20,11 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+# Threads that wait by spinning take the time of those they wait for: beside other work, a run of seconds took
+# many minutes. OpenMP reads these when torch is imported: GNU's spins shortly and then sleeps, others sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -367,7 +372,7 @@ def play_one(learner, *_):
 MODES = {"checkpoint": "start a run from a pretrained model or another run's", "resume": "go on with a run",
          "eval": "evaluate a run or a model", "play": "watch a run or a model play a map that --seed chooses"}
 VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
-TAKES = {"resume": {"micro_batch_tokens", "recompute"}, "eval": VIEW | {"eval_episodes"},
+TAKES = {"resume": {"micro_batch_tokens", "recompute", "threads"}, "eval": VIEW | {"eval_episodes"},
          "play": VIEW | {"seed", "scenario"}}
 
 
