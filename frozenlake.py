@@ -1,169 +1,273 @@
-"""Frozen Lake as a game of text: a state becomes a grid of symbols, an answer becomes a move or is invalid.
+"""Frozen Lake as a game of text: a state becomes a grid of symbols, an answer becomes a move.
 
 The dynamics are those of Gymnasium's FrozenLake-v1. In the notation of msgrpo.py this file is one
-text-mediated stochastic game (S, A, T, r, H) with its two maps between text and game:
+text-mediated stochastic game (S, A, T, r, H) with the two maps between text and game:
 
     phi: state -> text                  `FrozenLake.observation`
     psi: text -> action or invalid      `parse_action`
 
-States are numbered row by row from the top left, actions are left 0, down 1, right 2, up 3. A map is a list
-of rows of the letters S (start), F (frozen), H (hole) and G (goal). Nothing here knows of tokens or of
-models.
+States are numbered row by row from the top left. Actions are left 0, down 1, right 2, up 3. A map is
+a list of rows of the letters S (start), F (frozen), H (hole) and G (goal). Nothing here knows of
+tokens or of models.
 """
+
 import functools
 import hashlib
 import itertools
-from collections import namedtuple
+from dataclasses import dataclass
 
 import numpy as np
 
 ACTIONS = ("left", "down", "right", "up")
 MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (row, column) of each action
-# How lakes are drawn: board size, P(frozen) of a tile, P(moving as chosen), and steps in an episode.
-Scenario = namedtuple("Scenario", "size p success_rate max_steps")
-SCENARIOS = {  # the first three are the later public configuration of the paper's first author; `big` is ours
-    "noslip": Scenario(4, .8, 1.0, 8),
-    "slippery": Scenario(4, .9, 1 / 3, 15),
-    "bigslippery": Scenario(6, .9, 1 / 3, 15),
-    "big": Scenario(6, .8, 1.0, 20)}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """How lakes are drawn and played."""
+
+    size: int  # rows and columns of the board
+    p: float  # probability that a tile is frozen, not a hole
+    success_rate: float  # probability of moving as chosen
+    max_steps: int  # of an episode
+
+
+SCENARIOS = {  # the first three are the later public configuration of the paper's first author
+    "noslip": Scenario(size=4, p=0.8, success_rate=1.0, max_steps=8),
+    "slippery": Scenario(size=4, p=0.9, success_rate=1 / 3, max_steps=15),
+    "bigslippery": Scenario(size=6, p=0.9, success_rate=1 / 3, max_steps=15),
+    "big": Scenario(size=6, p=0.8, success_rate=1.0, max_steps=20),  # ours
+}
 
 
 def solvable(desc):
     """Can the goal be reached from the start, top left, without entering a hole?"""
-    tiles = {(r, c): tile for r, row in enumerate(desc) for c, tile in enumerate(row) if tile != "H"}
-    seen, frontier = set(), {(0, 0)}
+    size = len(desc)
+    frontier = [(0, 0)]
+    seen = {(0, 0)}
     while frontier:
-        seen |= frontier
-        frontier = {(r + down, c + right) for r, c in frontier for down, right in MOVES} & tiles.keys() - seen
-    return any(tiles[place] == "G" for place in seen)
+        row, column = frontier.pop()
+        if desc[row][column] == "G":
+            return True
+        for down, right in MOVES:
+            place = (row + down, column + right)
+            inside = 0 <= place[0] < size and 0 <= place[1] < size
+            if inside and place not in seen and desc[place[0]][place[1]] != "H":
+                seen.add(place)
+                frontier.append(place)
+    return False
 
 
 def random_map(size, p, rng):
-    """A solvable size x size map, each tile but the corners frozen with probability p; rng: a numpy
-    Generator. ValueError where no such map can be drawn: Gymnasium's generator would search for ever."""
+    """A solvable size x size map; every tile but the corners is frozen with probability p.
+
+    rng: a numpy Generator. Raises ValueError where no such map can be drawn: Gymnasium's generator
+    would search for ever.
+    """
     if size < 2 or not 0 < p <= 1:
         raise ValueError(f"a random map needs size >= 2 and 0 < p <= 1, not size {size} and p {p}")
     for _ in range(100_000):
         tiles = np.where(rng.random((size, size)) < p, "F", "H")
-        tiles[0, 0], tiles[-1, -1] = "S", "G"
-        if solvable(desc := ["".join(row) for row in tiles]):
+        tiles[0, 0] = "S"
+        tiles[-1, -1] = "G"
+        desc = ["".join(row) for row in tiles]
+        if solvable(desc):
             return desc
     raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
 
 
 def is_held_out(desc):
-    """Is this map reserved for evaluation? An eighth is, by hash: other seeds draw the same maps."""
+    """Is this map reserved for evaluation? An eighth of all maps is, by a hash.
+
+    Another seed would not do: only 3,828 maps of 4x4 are solvable, and the likely ones repeat.
+    """
     return hashlib.sha256("\n".join(desc).encode()).digest()[0] % 8 == 0
 
 
 def draw_map(scenario, rng, held_out=False):
-    """A random map of the scenario from the training maps, or from the held-out ones."""
-    while is_held_out(desc := random_map(scenario.size, scenario.p, rng)) != held_out:
-        pass
-    return desc
+    """A random map of the scenario, from the training maps or from the held-out ones."""
+    while True:
+        desc = random_map(scenario.size, scenario.p, rng)
+        if is_held_out(desc) == held_out:
+            return desc
 
 
 @functools.cache
 def held_out_maps(scenario):
     """Every held-out map of a 4x4 scenario, and each one's share of the generator's probability."""
-    maps = ([f"S{''.join(x)}G"[i:i + 4] for i in (0, 4, 8, 12)] for x in itertools.product("FH", repeat=14))
-    maps = [desc for desc in maps if is_held_out(desc) and solvable(desc)]
+    maps = []
+    for inner in itertools.product("FH", repeat=14):
+        tiles = "S" + "".join(inner) + "G"
+        desc = [tiles[i : i + 4] for i in range(0, 16, 4)]
+        if is_held_out(desc) and solvable(desc):
+            maps.append(desc)
     holes = np.array(["".join(desc).count("H") for desc in maps])
     weights = scenario.p ** (14 - holes) * (1 - scenario.p) ** holes
     return maps, weights / weights.sum()
 
 
-@functools.lru_cache(65536)
-def render(tiles, columns, state, coordinates):
-    """A state as a grid of symbols, with the positions of player, holes and goal above it or not."""
-    cells = [{"H": "O", "G": "G"}.get(tile, "_") for tile in tiles]
-    cells[state] = "P"
-    grid = "\n".join(" ".join(cells[i:i + columns]) for i in range(0, len(cells), columns))
-    at = {symbol: ", ".join(f"({i // columns + 1}, {i % columns + 1})" for i, cell in enumerate(cells)
-                            if cell == symbol) or "none" for symbol in "POG"}
-    return "(row, column) of you: {P}; holes: {O}; goal: {G}\n".format(**at) + grid if coordinates else grid
-
-
 def parse_action(text):
-    """psi: the action named between the last <action> and its </action>, or None where the text is invalid.
-    Exactly one of the four words counts: a search for substrings would read "right, then up" as a move."""
+    """psi: the action between the last <action> and its </action>; None where the text is invalid.
+
+    Exactly one of the four words counts: a search for a word inside the text would read
+    "right, then up" as a move.
+    """
     _, opened, rest = text.rpartition("<action>")
     word, closed, _ = rest.partition("</action>")
     word = word.strip().lower()
-    return ACTIONS.index(word) if opened and closed and word in ACTIONS else None
+    if opened and closed and word in ACTIONS:
+        return ACTIONS.index(word)
+    return None
+
+
+@functools.lru_cache(65536)
+def render(tiles, columns, state, coordinates):
+    """phi: a state as a grid of symbols, below the places of player, holes and goal if wanted."""
+    symbols = {"S": "_", "F": "_", "H": "O", "G": "G"}
+    cells = [symbols[tile] for tile in tiles]
+    cells[state] = "P"
+    rows = [" ".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+    grid = "\n".join(rows)
+    if not coordinates:
+        return grid
+
+    def places(symbol):
+        found = [divmod(i, columns) for i, cell in enumerate(cells) if cell == symbol]
+        return ", ".join(f"({row + 1}, {column + 1})" for row, column in found) or "none"
+
+    where = f"you: {places('P')}; holes: {places('O')}; goal: {places('G')}"
+    return f"(row, column) of {where}\n{grid}"
 
 
 class FrozenLake:
-    """One episode of the game on one map. desc: rows of "SFHG" with one S; success_rate: P(moving as chosen),
-    else to either side of it: 1 does not slip, 1/3 is Gymnasium's slippery default; max_steps: the horizon H;
-    rng: numpy Generator of the slips; invalid_penalty: subtracted for an invalid answer, which moves nothing
-    and uses a step; coordinates: name the positions above the grid; think: ask for thoughts and a plan before
-    the action. Raises ValueError for what is no map or no probability."""
+    """One episode of the game on one map.
 
-    def __init__(self, desc, success_rate=1.0, max_steps=8, rng=None, invalid_penalty=0.0,
-                 coordinates=False, think=False):
+    desc             rows of "SFHG", with one S
+    success_rate     probability of moving as chosen, else to either side of it: 1 does not slip,
+                     1/3 is Gymnasium's slippery default
+    max_steps        the horizon H
+    rng              numpy Generator of everything random in the episode
+    invalid_penalty  subtracted for an invalid answer, which moves nothing and uses a step
+    coordinates      name the positions above the grid
+    think            ask for thoughts and a plan before the action
+
+    Raises ValueError for what is no map, no probability or no horizon.
+    """
+
+    def __init__(
+        self,
+        desc,
+        success_rate=1.0,
+        max_steps=8,
+        rng=None,
+        invalid_penalty=0.0,
+        coordinates=False,
+        think=False,
+    ):
         tiles = "".join(desc)
-        is_map = len(set(map(len, desc))) == 1 and set(tiles) <= set("SFHG") and tiles.count("S") == 1
+        same_length = len({len(row) for row in desc}) == 1
+        is_map = same_length and set(tiles) <= set("SFHG") and tiles.count("S") == 1
         if not (is_map and 0 <= success_rate <= 1 and max_steps >= 1):
-            raise ValueError(f"no lake: map {desc}, success_rate {success_rate}, max_steps {max_steps}")
-        self.tiles, self.rows, self.columns, self.state = tiles, len(desc), len(desc[0]), tiles.index("S")
-        self.success_rate, self.max_steps, self.invalid_penalty = success_rate, max_steps, invalid_penalty
-        self.rng, self.coordinates, self.think = rng or np.random.default_rng(), coordinates, think
-        self.steps, self.success = 0, False
+            raise ValueError(
+                f"no lake: map {desc}, success_rate {success_rate}, max_steps {max_steps}"
+            )
+        self.tiles = tiles
+        self.rows = len(desc)
+        self.columns = len(desc[0])
+        self.success_rate = success_rate
+        self.max_steps = max_steps
+        self.rng = rng or np.random.default_rng()
+        self.invalid_penalty = invalid_penalty
+        self.coordinates = coordinates
+        self.think = think
+        self.state = tiles.index("S")
+        self.steps = 0
+        self.success = False
 
     def transitions(self, state, action):
-        """T and r: [(probability, next_state, reward, terminated), ...] of an action; goal, hole absorb."""
+        """T and r of an action: [(probability, next_state, reward, terminated), ...].
+
+        Goal and holes absorb.
+        """
         if self.tiles[state] in "GH":
             return [(1.0, state, 0.0, True)]
-        q, side, result = self.success_rate, (1 - self.success_rate) / 2, []
-        for probability, turn in [(1.0, 0)] if q == 1 else [(side, -1), (q, 0), (side, 1)]:
-            down, right = MOVES[(action + turn) % 4]
-            row = min(max(state // self.columns + down, 0), self.rows - 1)
-            column = min(max(state % self.columns + right, 0), self.columns - 1)
-            tile = self.tiles[row * self.columns + column]
-            result.append((probability, row * self.columns + column, float(tile == "G"), tile in "GH"))
-        return result
+        side = (1 - self.success_rate) / 2
+        turns = [(side, -1), (self.success_rate, 0), (side, 1)]
+        if self.success_rate == 1:
+            turns = [(1.0, 0)]
+        outcomes = []
+        for probability, turn in turns:
+            target = self.neighbour(state, (action + turn) % 4)
+            tile = self.tiles[target]
+            outcomes.append((probability, target, float(tile == "G"), tile in "GH"))
+        return outcomes
+
+    def neighbour(self, state, action):
+        """The state that a move leads to; the border stops it."""
+        row, column = divmod(state, self.columns)
+        down, right = MOVES[action]
+        row = min(max(row + down, 0), self.rows - 1)
+        column = min(max(column + right, 0), self.columns - 1)
+        return row * self.columns + column
 
     def step(self, text):
-        """Play an answer: (reward, done, valid). One uniform draw decides where a valid action ends."""
+        """Play an answer: (reward, done, valid). One uniform draw decides where a valid move ends."""
         self.steps += 1
+        out_of_steps = self.steps == self.max_steps
         action = parse_action(text)
         if action is None:
-            return -self.invalid_penalty, self.steps == self.max_steps, False
+            return -self.invalid_penalty, out_of_steps, False
         u = self.rng.random()
-        for probability, state, reward, done in self.transitions(self.state, action):
+        for probability, state, reward, terminated in self.transitions(self.state, action):
             u -= probability
             if u < 0:
                 break
-        self.state, self.success = state, self.tiles[state] == "G"
-        return reward, done or self.steps == self.max_steps, True
+        self.state = state
+        self.success = self.tiles[state] == "G"
+        return reward, terminated or out_of_steps, True
 
     @property
     def instructions(self):
-        """What never changes in an episode, made of the settings, lest it contradict the game."""
-        q = self.success_rate
-        odds = f" with probability {q:.2f}, and to either side of it with probability {(1 - q) / 2:.2f} each"
-        ice = f"{'not slippery' if q == 1 else 'slippery'}: you move as you choose{'' if q == 1 else odds}."
+        """What never changes in an episode, made of the settings, so that it cannot contradict them."""
+        if self.success_rate == 1:
+            ice = "not slippery: you move as you choose."
+        else:
+            side = (1 - self.success_rate) / 2
+            ice = (
+                f"slippery: you move as you choose with probability {self.success_rate:.2f}, "
+                f"and to either side of it with probability {side:.2f} each."
+            )
         thoughts = "<think>your thoughts</think><plan>your plan</plan>" if self.think else ""
-        return f"""Cross the frozen lake to the goal without falling into a hole.
-The board has {self.rows} rows and {self.columns} columns. P is you, O is a hole, G is the goal, _ is ice.
-You move one cell a step and have {self.max_steps} steps. The border stops you. The ice is {ice}
-Answer with {thoughts}<action>WORD</action>, where WORD is left, down, right or up."""
+        return (
+            "Cross the frozen lake to the goal without falling into a hole.\n"
+            f"The board has {self.rows} rows and {self.columns} columns. "
+            "P is you, O is a hole, G is the goal, _ is ice.\n"
+            f"You move one cell a step and have {self.max_steps} steps. "
+            f"The border stops you. The ice is {ice}\n"
+            f"Answer with {thoughts}<action>WORD</action>, "
+            "where WORD is left, down, right or up."
+        )
 
     def observation(self):
         """phi: the current state as text, and nothing of the past."""
         return render(self.tiles, self.columns, self.state, self.coordinates)
 
     def success_bounds(self):
-        """P(goal within max_steps) from the start: (of the optimal policy, of a uniformly random one).
-        Value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s') V(s'))."""
-        kernel = np.zeros((4, len(self.tiles), len(self.tiles)))  # (action, state, next state)
-        for action, state in np.ndindex(kernel.shape[:2]):
+        """Probability of the goal within max_steps: (of the optimal player, of a uniformly random one).
+
+        Value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
+        """
+        states = len(self.tiles)
+        kernel = np.zeros((4, states, states))  # (action, state, next state)
+        for action, state in np.ndindex(4, states):
             for probability, target, _, _ in self.transitions(state, action):
                 kernel[action, state, target] += probability
-        goal, alive = (np.array([tile in kind for tile in self.tiles], float) for kind in ("G", "SF"))
-        optimal = uniform = 0 * goal
+        goal = np.array([tile == "G" for tile in self.tiles], float)
+        alive = np.array([tile in "SF" for tile in self.tiles], float)
+        optimal = np.zeros(states)
+        uniform = np.zeros(states)
         for _ in range(self.max_steps):
             optimal = (kernel @ (goal + alive * optimal)).max(0)
             uniform = (kernel @ (goal + alive * uniform)).mean(0)
-        return tuple(float(values[self.tiles.index("S")]) for values in (optimal, uniform))
+        start = self.tiles.index("S")
+        return float(optimal[start]), float(uniform[start])

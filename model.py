@@ -1,257 +1,520 @@
-"""One decoder-only transformer for Llama, Qwen2 and Qwen3 weights, and for the tiny model that is born here.
+"""One decoder-only transformer for Llama, Qwen2 and Qwen3 weights, and for the tiny model born here.
 
 Reading order: `Transformer` (tokens -> logits), `LanguageAgent` (text -> tokens that are sampled, then
-scored), `Tokenizer` (text <-> tokens), checkpoints in and out. Modules bear the names of Hugging Face's state
-dicts, so that weights load by a strict match of names.
-
-Files come from strangers: what is malformed or not supported raises ValueError with the file and the reason,
-and nothing is allocated that the sizes of the files do not justify.
+scored), and, below a line, the file formats: tokenizer, config.json, safetensors, load and save.
+Modules bear the names of Hugging Face's state dicts, so that weights load by a strict match of names.
 """
+
 import contextlib
 import json
 import os
 import re
 import unicodedata
-from collections import namedtuple
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 import tiktoken
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-          "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-          "BOOL": torch.bool}
-SUPPORTED = {"model_type": ("llama", "qwen2", "qwen3"), "hidden_act": ("silu",), "full_attention": (),
-             "rope_type": ("default", "llama3"), "type": ("default", "llama3"), "partial_rotary_factor": (1,),
-             "use_sliding_window": (False,), "quantization_config": ()}  # as far as given; (): refused
-FIELDS = dict.fromkeys("""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim""".split(), int) | {"rms_norm_eps": float, "rope_theta": float,
-    "tie_word_embeddings": bool, "mlp_bias": bool, "attention_bias": bool}
-# The architecture, by the names of config.json. Of the model types, qwen3 has norms of q and k, and qwen2 has
-# biases of q, k and v whatever attention_bias (of q, k, v and o) is. rope_scaling is Llama 3's.
-Config = namedtuple("Config", ["model_type", *FIELDS, "rope_scaling"],
-                    defaults=[1e-6, 10000.0, False, False, False, None])
+from msgrpo import Answer
+
+TABLE_ELEMENTS = 2**26  # of one table over the vocabulary while scoring: 256 MiB in float32
+
+
+@dataclass(frozen=True)
+class Config:
+    """The architecture, by the names of config.json."""
+
+    model_type: str  # "llama", "qwen2" (biases of q, k, v) or "qwen3" (norms of q and k)
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # of q, k, v and o
+    mlp_bias: bool = False
+    rope_scaling: dict | None = None  # Llama 3's
 
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x), computed in float32 and cast back, times the weight."""
 
     def forward(self, x):
-        return nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
-def rotary(c, positions, dtype):
-    """cos and sin of the angles of positions (batch, time), each (batch, 1, time, head_dim), for `rotate`.
-    Llama 3's scaling stretches long waves by `factor`, keeps short ones and mixes both between."""
-    frequencies = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)
-    if s := c.rope_scaling:
-        turns = s["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
-        keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
-        frequencies = frequencies * (keep.clamp(0, 1) + (1 - keep.clamp(0, 1)) / s["factor"])
-    angles = positions[:, None, :, None] * frequencies.to(positions.device)
-    return torch.cat([angles, angles], -1).cos().to(dtype), torch.cat([-angles, angles], -1).sin().to(dtype)
+def rotary(config, positions, dtype):
+    """cos and sin of the angles of positions (batch, time); each (batch, 1, time, head_dim)."""
+    steps = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    frequencies = config.rope_theta ** -(steps / config.head_dim)  # (head_dim / 2,)
+    if config.rope_scaling:
+        frequencies = scale_frequencies(frequencies, config.rope_scaling)
+    angles = positions[:, None, :, None] * frequencies
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def scale_frequencies(frequencies, scaling):
+    """Llama 3's scaling: long waves are stretched by `factor`, short ones kept, those between mixed."""
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
 def rotate(x, cos, sin):
     """Rotary positions in the split-halves form of these weights: x (batch, heads, time, head_dim)."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 
-def causal(q, k, v):
-    """Each token sees its row up to itself: q (batch, heads, time, head_dim), k and v (batch, kv_heads, time,
-    head_dim) -> (batch, time, heads * head_dim)."""
-    out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+def attention_mask(config, positions, slots, dtype):
+    """What `attention` adds to its scores: 0 where a token sees a slot, -inf where it does not.
+
+    A token's slot is its position, and it sees all slots up to its own. positions (batch, time) ->
+    (batch, 1, heads of a group * time, slots).
+    """
+    visible = torch.arange(slots, device=positions.device) <= positions[:, :, None]
+    mask = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
+    mask = mask.masked_fill(~visible, -torch.inf)  # (batch, time, slots)
+    heads_of_a_group = config.num_attention_heads // config.num_key_value_heads
+    return mask.repeat(1, heads_of_a_group, 1)[:, None]
+
+
+def attention(q, k, v, mask):
+    """Grouped-query attention: the heads of a group have queries of their own, and share keys and values.
+
+    q (batch, heads, time, head_dim), k and v (batch, groups, slots, head_dim) -> (batch, time, width).
+    A group's heads are laid behind each other in time, as if they were one head with more queries.
+    """
+    batch, heads, time, head_dim = q.shape
+    groups = k.shape[1]
+    q = q.reshape(batch, groups, heads // groups * time, head_dim)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = out.view(batch, heads, time, head_dim)
     return out.transpose(1, 2).flatten(2)
 
 
-def attention(q, k, v, seen, common):
-    """Each token sees what is `seen` (batch, 1, time, slots) of its row's keys and values, and all of those
-    `common` to the rows, of batch size 1, which are not copied. Shapes as for `causal`."""
-    q, n = (q * q.shape[3] ** -.5).unflatten(1, (k.shape[1], -1)), common[0].shape[2]
-    own = torch.einsum("bkgtd,bksd->bkgts", q, k).masked_fill_(~seen[:, None], -torch.inf)
-    weights = torch.cat([torch.einsum("bkgtd,xksd->bkgts", q, common[0]), own], -1).softmax(-1)
-    out = torch.einsum("bkgts,xksd->btkgd", weights[..., :n], common[1])
-    return (out + torch.einsum("bkgts,bksd->btkgd", weights[..., n:], v)).flatten(2)
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        width = config.hidden_size
+        q_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        qkv_bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(width, q_width, bias=qkv_bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=qkv_bias)
+        self.o_proj = nn.Linear(q_width, width, bias=config.attention_bias)
+        norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
+        self.q_norm = norm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, past):
+        """x (batch, time, width) -> the same shape, and the tokens' own keys and values."""
+        q = self.heads(self.q_proj(x))  # (batch, heads, time, head_dim)
+        k = self.heads(self.k_proj(x))  # (batch, groups, time, head_dim)
+        v = self.heads(self.v_proj(x))  # (batch, groups, time, head_dim)
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
+        all_k = k
+        all_v = v
+        if past is not None:
+            all_k, all_v = past.extend(self.layer, k, v)  # (batch, groups, slots, head_dim)
+        return self.o_proj(attention(q, all_k, all_v, mask)), k, v
+
+    def heads(self, x):
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        inner = config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(width, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, width, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    """Grouped-query attention, where `attend` says what each token sees, then SwiGLU."""
-
-    def __init__(self, c):
+    def __init__(self, config, layer):
         super().__init__()
-        width, inner, eps, self.head_dim = c.hidden_size, c.intermediate_size, c.rms_norm_eps, c.head_dim
-        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        bias = c.attention_bias or c.model_type == "qwen2"
-        norm = RMSNorm if c.model_type == "qwen3" else nn.Identity
-        self.self_attn = nn.ModuleDict({
-            "q_proj": nn.Linear(width, q, bias), "k_proj": nn.Linear(width, kv, bias),
-            "v_proj": nn.Linear(width, kv, bias), "o_proj": nn.Linear(q, width, c.attention_bias),
-            "q_norm": norm(c.head_dim, eps), "k_norm": norm(c.head_dim, eps)})
-        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(width, inner, c.mlp_bias),
-            "up_proj": nn.Linear(width, inner, c.mlp_bias), "down_proj": nn.Linear(inner, width, c.mlp_bias)})
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, attend):
-        attn, mlp, normed = self.self_attn, self.mlp, self.input_layernorm(x)
-        q, k, v = (attn[f"{x}_proj"](normed).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in "qkv")
-        q, k = rotate(attn["q_norm"](q), cos, sin), rotate(attn["k_norm"](k), cos, sin)
-        x = x + attn["o_proj"](attend(q, k, v))
-        normed = self.post_attention_layernorm(x)
-        return x + mlp["down_proj"](nn.functional.silu(mlp["gate_proj"](normed)) * mlp["up_proj"](normed))
+    def forward(self, x, cos, sin, mask, past):
+        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
+        x = x + attended
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, k, v
+
+
+class Decoder(nn.Module):
+    """Token embeddings, blocks, a norm."""
+
+    recompute = False  # True: the backward pass computes activations again, for less memory
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids, positions, past=None):
+        """ids (batch, time), positions (batch or 1, time) -> hidden states (batch, time, width).
+
+        past: a `Prefix` or `Cache` of earlier tokens that these see. Also returned: the tokens' own
+        keys and values, one (keys, values) per layer, each (batch, groups, time, head_dim).
+        """
+        x = self.embed_tokens(ids)
+        cos, sin = rotary(self.config, positions, x.dtype)
+        time = ids.shape[1]
+        slots = time if past is None else past.slots(time)
+        mask = attention_mask(self.config, positions, slots, x.dtype)
+        recompute = self.recompute and torch.is_grad_enabled()
+        keys_values = []
+        for layer in self.layers:
+            if recompute:
+                x, k, v = checkpoint(layer, x, cos, sin, mask, past, use_reentrant=False)
+            else:
+                x, k, v = layer(x, cos, sin, mask, past)
+            keys_values.append((k, v))
+        return self.norm(x), keys_values
 
 
 class Transformer(nn.Module):
-    """A Config's decoder: token embeddings, blocks, a norm, and a head that may be the embeddings again."""
-    recompute = False  # True: the backward pass computes activations again, for less memory
+    """A decoder and its head, which may be the token embeddings again."""
+
     files = {}  # small files that came with the weights, {name: bytes}
 
     def __init__(self, config):
         super().__init__()
-        self.config, size = config, (config.vocab_size, config.hidden_size)
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(*size), "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))})
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(*size[::-1], bias=False)
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids, positions=None, attend=None, rows=None):
-        """Logits of the next token: ids (batch, time) int64 -> (batch, time, vocabulary).
-        positions: (batch or 1, time), by default 0, 1, ...; attend(layer, q, k, v): instead of `causal`;
-        rows: indices into the flattened (batch * time), to have logits of these alone, (rows, vocabulary)."""
-        x = self.model["embed_tokens"](ids)
-        positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
-        cos, sin = rotary(self.config, positions, x.dtype)
-        for i, layer in enumerate(self.model["layers"]):
-            again = self.recompute and x.requires_grad
-            run = partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=False) if again else layer
-            x = run(x, cos, sin, partial(attend, i) if attend else causal)
-        x = self.model["norm"](x if rows is None else x.flatten(0, 1)[rows])
-        return nn.functional.linear(x, (self.lm_head or self.model["embed_tokens"]).weight)
+    def forward(self, ids):
+        """Logits of the next token: ids (batch, time) int64 -> (batch, time, vocabulary)."""
+        x, _ = self.hidden(ids, torch.arange(ids.shape[1], device=ids.device)[None])
+        return self.head(x)
+
+    def hidden(self, ids, positions, past=None):
+        """As `Decoder.forward`; several processes need it as a method of the whole model."""
+        return self.model(ids, positions, past)
+
+    def head(self, x):
+        """Hidden states (..., width) -> logits (..., vocabulary)."""
+        layer = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(x, layer.weight)
+
+    def log_probabilities(self, x, size, temperature):
+        """Of the first `size` tokens, next after hidden states x (rows, width): (rows, size).
+
+        A model may have rows beyond its tokenizer's tokens. They take no part.
+        """
+        return (self.head(x)[:, :size].float() / temperature).log_softmax(-1)
+
+    def token_logprobs(self, x, targets, size, temperature):
+        """Log-probabilities of targets (tokens,) after hidden states x (tokens, width), and entropies.
+
+        Exact, in slices of tokens. A table over the vocabulary takes more memory than the rest of an
+        update: so there is one slice's at a time, computed again in the backward pass.
+        """
+
+        def one_slice(x, targets):
+            table = self.log_probabilities(x, size, temperature)
+            logprobs = table.gather(1, targets[:, None])[:, 0]
+            entropies = -(table.exp() * table).sum(-1)
+            return logprobs, entropies
+
+        rows = max(1, TABLE_ELEMENTS // size)
+        if len(targets) <= rows:
+            return one_slice(x, targets)
+        slices = zip(x.split(rows), targets.split(rows))
+        parts = [checkpoint(one_slice, *part, use_reentrant=False) for part in slices]
+        logprobs, entropies = zip(*parts)
+        return torch.cat(logprobs), torch.cat(entropies)
 
 
-def numbered(items):
-    """{item: its number}, each of them once, in order."""
-    return {item: i for i, item in enumerate(dict.fromkeys(items))}
+class Prefix:
+    """Keys and values of the instructions, which are computed once and seen by every row.
+
+    keys_values: one (keys, values) per layer, each (1, groups, tokens, head_dim).
+    """
+
+    def __init__(self, keys_values):
+        self.keys_values = keys_values
+
+    def __len__(self):
+        return self.keys_values[0][0].shape[2]
+
+    def slots(self, time):
+        return len(self) + time
+
+    def extend(self, layer, k, v):
+        """The rows' own k and v (batch, groups, time, head_dim), behind those of the instructions."""
+        prefix_k, prefix_v = self.keys_values[layer]
+        batch = k.shape[0]
+        k = torch.cat([prefix_k.expand(batch, -1, -1, -1), k], 2)
+        v = torch.cat([prefix_v.expand(batch, -1, -1, -1), v], 2)
+        return k, v
+
+
+class Cache:
+    """Keys and values of a batch of rows while their answers are sampled.
+
+    A token's slot is its position. All slots are there from the start: no shape changes from token
+    to token, so a step can be captured as one graph.
+    """
+
+    def __init__(self, prefix, prompts, lengths, new_tokens):
+        """prompts: one (keys, values) per layer, each (rows, groups, width, head_dim), padded on the right.
+
+        lengths (rows,): tokens of each prompt. A row's answer begins behind its last one: it
+        overwrites the padding before anything has seen it.
+        """
+        self.size = len(prefix) + prompts[0][0].shape[2] + new_tokens
+        self.positions = len(prefix) + lengths - 1  # (rows,) of the last token so far
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.keys_values = [
+            (self.allocate(prefix_k, k), self.allocate(prefix_v, v))
+            for (prefix_k, prefix_v), (k, v) in zip(prefix.keys_values, prompts)
+        ]
+
+    def allocate(self, of_prefix, of_prompts):
+        rows, groups, width, head_dim = of_prompts.shape
+        start = of_prefix.shape[2]
+        slots = of_prompts.new_zeros(rows, groups, self.size, head_dim)
+        slots[:, :, :start] = of_prefix
+        slots[:, :, start : start + width] = of_prompts
+        return slots
+
+    def slots(self, time):
+        return self.size
+
+    def extend(self, layer, k, v):
+        """Write the new token's k and v (rows, groups, 1, head_dim); returns those of all slots."""
+        all_k, all_v = self.keys_values[layer]
+        all_k[self.rows, :, self.positions] = k[:, :, 0]
+        all_v[self.rows, :, self.positions] = v[:, :, 0]
+        return all_k, all_v
+
+    def take(self, rows):
+        """Keep these rows, in this order."""
+        self.keys_values = [(k[rows], v[rows]) for k, v in self.keys_values]
+        self.positions = self.positions[rows]
+        self.rows = self.rows[: len(self.positions)]
+
+
+def sample(table, uniforms):
+    """The token of each row where the cumulative distribution passes the row's uniform.
+
+    table (rows, size) of log-probabilities, uniforms (rows,) in [0, 1) -> (rows,). So a row's token
+    does not depend on the other rows.
+    """
+    cumulative = table.exp().cumsum(-1)
+    thresholds = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
+    return tokens.clamp(max=table.shape[1] - 1)
+
+
+def pad(rows, value):
+    """Rows of integers as (rows, longest), each filled up on the right."""
+    width = max(len(row) for row in rows)
+    return [[*row] + [value] * (width - len(row)) for row in rows]
 
 
 class LanguageAgent:
     """A language-agent policy (msgrpo.Policy): a transformer that reads the instructions before every state.
-    Prompts are branches of one tree: instructions that all share, a state that many share, an answer of a few
-    tokens. Each node is run once, when sampling and when scoring alike; this is exact, gradients included."""
 
-    def __init__(self, model, tokenizer, instructions, temperature=1.0, max_new_tokens=16, think=False):
-        self.model, self.tokenizer, device = model, tokenizer, next(model.parameters()).device
-        self.tensor, self.range = (partial(f, device=device) for f in (torch.tensor, torch.arange))
-        self.instructions, self.ends = tokenizer.prefix(instructions), self.tensor(sorted(tokenizer.end_ids))
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+    The instructions are the same in every prompt: they are run once, and all rows see their keys and
+    values. Equal prompts, and when scoring equal answers to them, are run once too. All of this is
+    exact, gradients included.
+    """
+
+    def __init__(
+        self, model, tokenizer, instructions, temperature=1.0, max_new_tokens=16, think=False
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.device = next(model.parameters()).device
+        self.instructions = torch.tensor([tokenizer.prefix(instructions)], device=self.device)
+        self.end_ids = torch.tensor(sorted(tokenizer.end_ids), device=self.device)
         self.encode = lru_cache(65536)(lambda state: tuple(tokenizer.suffix(state, think)))
         self.decode = lru_cache(65536)(tokenizer.decode)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self):
-        """After an update: run the instructions through the weights as they are, and keep what it gives."""
-        self.prefix, self.greedy = [], {}
-        self.model(self.tensor([self.instructions]), rows=[], attend=lambda layer, q, *kv: (
-            self.prefix.append(kv) or causal(q, *kv)))
+        """Call it when the weights have changed: what was computed with the old ones is forgotten."""
+        self.prefix = self.read_instructions()
+        self.greedy_answers = {}
 
-    def log_probabilities(self, *tree):
-        """Of the tokenizer's tokens (a model may have further rows) at this temperature: (rows, size)."""
-        return (self.model(*tree)[:, :self.tokenizer.size].float() / self.temperature).log_softmax(-1)
+    def read_instructions(self):
+        positions = torch.arange(self.instructions.shape[1], device=self.device)
+        _, keys_values = self.model.hidden(self.instructions, positions[None])
+        return Prefix(keys_values)
 
-    def rows(self, prompts):
-        """Each prompt once, (batch, width), zeros to its left, how many (batch,), and each prompt's row."""
-        index, width = numbered(prompts), max(map(len, prompts))
-        ids = self.tensor([[-1] * (width - len(prompt)) + [*prompt] for prompt in index])
-        return ids.clamp(min=0), (ids < 0).sum(1), self.tensor([index[prompt] for prompt in prompts])
+    def read_rows(self, rows, prefix):
+        """Run rows of tokens behind the instructions: hidden states (rows, longest, width), keys, values."""
+        ids = torch.tensor(pad(rows, 0), device=self.device)
+        positions = len(prefix) + torch.arange(ids.shape[1], device=self.device)
+        return self.model.hidden(ids, positions[None], prefix)
 
-    def view(self, padding, begin, end):
-        """Of slots begin to end of rows that begin with so much padding (batch,), behind the instructions:
-        their positions (batch, time), and what they see of all slots (batch, 1, time, end)."""
-        slots, padding = self.range(end), padding[:, None]
-        seen = (slots >= padding)[:, None] & (slots <= slots[begin:, None])
-        return len(self.instructions) + slots[begin:] - padding, seen[:, None]
+    def table(self, x):
+        """Log-probabilities of the next token after hidden states x (rows, width): (rows, size)."""
+        return self.model.log_probabilities(x, self.tokenizer.size, self.temperature)
 
     def act(self, observations, uniforms):
-        """Answers, as `msgrpo.Policy` says; greedy ones are remembered until `refresh`."""
+        """As msgrpo.Policy says. Greedy answers are remembered until `refresh`."""
         if uniforms is not None:
-            return self.answer(observations, uniforms)
-        new = [state for state in dict.fromkeys(observations) if state not in self.greedy]
-        self.greedy |= zip(new, self.answer(new) if new else ())
-        return [self.greedy[state] for state in observations]
+            uniforms = torch.tensor(uniforms, dtype=torch.float32, device=self.device)
+            return self.generate(observations, uniforms)
+        new = [state for state in dict.fromkeys(observations) if state not in self.greedy_answers]
+        if new:
+            self.greedy_answers.update(zip(new, self.generate(new, None)))
+        return [self.greedy_answers[state] for state in observations]
 
     @torch.no_grad()
-    def answer(self, observations, uniforms=None):
-        """`act` without the memory. Prompts that have been continued alike so far share one row of the batch,
-        ended ones leave it. A uniform picks its token by the inverse of the cumulative distribution, so that
-        an answer does not depend on its batch."""
+    def generate(self, observations, uniforms):
+        """An answer to each observation; uniforms (observations, max_new_tokens), None: greedy."""
         prompts = [self.encode(state) for state in observations]
-        new, padding, parent = self.rows(prompts)
-        size, limit, past, end = self.tokenizer.size, self.max_new_tokens, [], 0
-        alive, room = self.range(len(prompts)), new.shape[1] + limit - 1
-
-        def attend(layer, q, *kv):
-            if layer == len(past):
-                past.append([x.new_empty(*x.shape[:2], room, x.shape[3]) for x in kv])
-            for kept, x in zip(past[layer], kv):
-                kept[:, :, end - x.shape[2]:end] = x
-            return attention(q, *(kept[:, :, :end] for kept in past[layer]), seen, self.prefix[layer])
-
-        tokens, logprobs = (torch.full((len(prompts), limit), x, device=new.device) for x in (-1, 0.0))
-        for t in range(limit):
-            time, end = new.shape[1], end + new.shape[1]
-            positions, seen = self.view(padding, end - time, end)
-            table = self.log_probabilities(new, positions, attend, self.range(time - 1, new.numel(), time))
-            token = table.argmax(-1)[parent]
-            if uniforms is not None:
-                cumulative = table.exp().cumsum(-1)[parent]
-                target = self.tensor(uniforms[:, t:t + 1], dtype=torch.float32)[alive] * cumulative[:, -1:]
-                token = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=size - 1)
-            tokens[alive, t], logprobs[alive, t] = token, table[parent, token]
-            on = ~torch.isin(token, self.ends)
-            alive = alive[on]
-            if t + 1 == limit or not len(alive):
+        table, cache = self.read_prompts(prompts)
+        tokens = torch.full((len(prompts), self.max_new_tokens), -1, device=self.device)
+        logprobs = torch.zeros(len(prompts), self.max_new_tokens, device=self.device)
+        alive = torch.arange(len(prompts), device=self.device)  # rows whose answers go on
+        for t in range(self.max_new_tokens):
+            if uniforms is None:
+                token = table.argmax(-1)
+            else:
+                token = sample(table, uniforms[alive, t])
+            tokens[alive, t] = token
+            logprobs[alive, t] = table.gather(1, token[:, None])[:, 0]
+            going = ~torch.isin(token, self.end_ids)
+            alive = alive[going]
+            if t + 1 == self.max_new_tokens or len(alive) == 0:
                 break
-            branches, parent = (parent[on] * size + token[on]).unique(return_inverse=True)
-            rows, new = branches // size, branches[:, None] % size
-            if not torch.equal(rows, self.range(len(padding))):
-                past, padding = [[x[rows] for x in kv] for kv in past], padding[rows]
-        replies = [tuple(row[:n]) for row, n in zip(tokens.tolist(), (tokens >= 0).sum(1).tolist())]
-        return [(prompt, said, logs[:len(said)], self.decode(said), said[-1] not in self.tokenizer.end_ids)
-                for prompt, said, logs in zip(prompts, replies, logprobs.tolist())]
+            if len(alive) < len(token):
+                token = token[going]
+                cache.take(going)
+            table = self.table(self.read_token(token, cache))
+        return self.answers(prompts, tokens.tolist(), logprobs.tolist())
 
-    def score(self, steps):
-        """As `msgrpo.Policy` says: the numbers that `act` gave, with gradient, by one pass over one row that
-        packs the tree: the instructions, the prompts, and the answers to them without their last tokens."""
-        answers = numbered((step.prompt, step.response) for step in steps)
-        prompts, padding, parent = self.rows([prompt for prompt, _ in answers])
-        longest = max(len(response) for _, response in answers)
-        replies = self.tensor([[*response] + [-1] * (longest - len(response)) for _, response in answers])
-        nodes = self.tensor([self.instructions]), prompts, replies[:, :-1].clamp(min=0)
-        shapes, sizes = [node.shape for node in nodes], [node.numel() for node in nodes]
-        (_, head), (_, width), (_, time) = shapes
-        p1, seen1 = self.view(padding, 0, width)
-        p2, seen2 = self.view(padding[parent], width, width + time)
+    def read_prompts(self, prompts):
+        """Run the prompts: the table of each one's first new token, and a cache to go on from."""
+        distinct = list(dict.fromkeys(prompts))
+        x, keys_values = self.read_rows(distinct, self.prefix)
+        lengths = torch.tensor([len(prompt) for prompt in distinct], device=self.device)
+        last = x[torch.arange(len(distinct), device=self.device), lengths - 1]
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
+        expanded = [(k[rows], v[rows]) for k, v in keys_values]  # a row for each observation
+        cache = Cache(self.prefix, expanded, lengths[rows], self.max_new_tokens)
+        return self.table(last)[rows], cache
 
-        def attend(layer, *qkv):
-            parts = zip(*(x[0].split(sizes, 1) for x in qkv))
-            (q, *kv), (q1, *kv1), (q2, *kv2) = (
-                [x.unflatten(1, shape).transpose(0, 1) for x in part] for part, shape in zip(parts, shapes))
-            # Not x[parent], whose gradient threads add up in the order in which they happen to come.
-            kv2 = [torch.cat([x.index_select(0, parent), y], 2) for x, y in zip(kv1, kv2)]
-            out = causal(q, *kv), attention(q1, *kv1, seen1, kv), attention(q2, *kv2, seen2, kv)
-            return torch.cat([x.flatten(0, 1) for x in out])[None]
+    def read_token(self, token, cache):
+        """Run the next token (rows,) of each row: hidden states (rows, width)."""
+        cache.positions += 1
+        x, _ = self.model.hidden(token[:, None], cache.positions[:, None], cache)
+        return x[:, 0]
 
-        first = head + (parent[:, None] + 1) * width - 1  # a token is predicted at its prompt's last place,
-        later = sum(sizes[:2]) + self.range(sizes[2]).view(shapes[2])  # or at the one before it
-        order = self.tensor([answers[step.prompt, step.response] for step in steps])
-        real = (replies >= 0)[order]
-        places, at = torch.cat([first, later], 1)[order][real].unique(return_inverse=True)
-        ids, positions = (torch.cat([x.flatten() for x in parts])[None] for parts in
-                          (nodes, (self.range(head), p1, p2)))
-        table = self.log_probabilities(ids, positions, attend, places)
-        return table[at, replies[order][real]], -(table.exp() * table).sum(-1)[at]
+    def answers(self, prompts, tokens, logprobs):
+        """Answers of the sampled tokens, whose rows end in -1 where the answer ended earlier."""
+        answers = []
+        for prompt, row, row_logprobs in zip(prompts, tokens, logprobs):
+            response = tuple(token for token in row if token >= 0)
+            truncated = response[-1] not in self.tokenizer.end_ids
+            text = self.decode(response)
+            answers.append(Answer(prompt, response, row_logprobs[: len(response)], text, truncated))
+        return answers
+
+    def score(self, answers):
+        """As msgrpo.Policy says: the numbers that `act` gave, with gradient."""
+        pairs = list(dict.fromkeys((answer.prompt, answer.response) for answer in answers))
+        # The last token of an answer is predicted, not read; a token is predicted one place earlier.
+        inputs = [prompt + response[:-1] for prompt, response in pairs]
+        targets = [(-1,) * (len(prompt) - 1) + response for prompt, response in pairs]
+        targets = torch.tensor(pad(targets, -1), device=self.device)  # (rows, longest)
+        x, _ = self.read_rows(inputs, self.read_instructions())
+        is_response = targets >= 0
+        logprobs, entropies = self.model.token_logprobs(
+            x[is_response], targets[is_response], self.tokenizer.size, self.temperature
+        )
+        row_of = {pair: row for row, pair in enumerate(pairs)}
+        rows = [row_of[answer.prompt, answer.response] for answer in answers]
+        lengths = [len(response) for _, response in pairs]
+        return pick(logprobs.split(lengths), rows), pick(entropies.split(lengths), rows)
+
+
+def pick(parts, order):
+    return torch.cat([parts[i] for i in order])
+
+
+# Below: file formats.
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+SUPPORTED = {
+    "model_type": ("llama", "qwen2", "qwen3"),
+    "hidden_act": ("silu",),
+    "full_attention": (),
+    "rope_type": ("default", "llama3"),
+    "type": ("default", "llama3"),
+    "partial_rotary_factor": (1,),
+    "use_sliding_window": (False,),
+    "quantization_config": (),
+}  # as far as given; (): refused
+FIELDS = dict.fromkeys(
+    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim""".split(),
+    int,
+) | {
+    "rms_norm_eps": float,
+    "rope_theta": float,
+    "tie_word_embeddings": bool,
+    "mlp_bias": bool,
+    "attention_bias": bool,
+}
+
+
+def numbered(items):
+    """{item: its number}, each of them once, in order."""
+    return {item: i for i, item in enumerate(dict.fromkeys(items))}
 
 
 def ensure(good, reason):
@@ -273,7 +536,11 @@ def blaming(path):
     except Exception as error:
         if isinstance(error, OSError) or out_of_memory(error):
             raise
-        kind = "" if type(error) is ValueError else f"malformed or not supported, {type(error).__name__}: "
+        kind = (
+            ""
+            if type(error) is ValueError
+            else f"malformed or not supported, {type(error).__name__}: "
+        )
         raise ValueError(f"{path}: {kind}{' '.join(str(error).split())[:500]}") from None
 
 
@@ -293,8 +560,13 @@ def replacing(path):
 
 def parse_json(data):
     """The object in a JSON file's bytes: strict UTF-8, no NaN, no key twice. Call it inside `blaming`."""
-    return {} | json.loads(data.decode(), parse_constant={}.__getitem__, object_pairs_hook=lambda pairs: (
-        ensure(len(dict(pairs)) == len(pairs), "a JSON object has a key twice") or dict(pairs)))
+    return {} | json.loads(
+        data.decode(),
+        parse_constant={}.__getitem__,
+        object_pairs_hook=lambda pairs: (
+            ensure(len(dict(pairs)) == len(pairs), "a JSON object has a key twice") or dict(pairs)
+        ),
+    )
 
 
 def parse_config(data):
@@ -304,21 +576,37 @@ def parse_config(data):
     raw |= (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
     raw = {key: value for key, value in raw.items() if value is not None}
     for key, values in SUPPORTED.items():  # `type` is the older name of rope_type
-        ensure(key not in raw or raw[key] in values, f"{key} is {raw.get(key)!r:.99}, not among {values}")
-    ensure({*raw.get("layer_types", ())} <= {"full_attention"}, "layer_types are not all full_attention")
+        ensure(
+            key not in raw or raw[key] in values,
+            f"{key} is {raw.get(key)!r:.99}, not among {values}",
+        )
+    ensure(
+        {*raw.get("layer_types", ())} <= {"full_attention"},
+        "layer_types are not all full_attention",
+    )
     heads, llama3 = raw["num_attention_heads"], "llama3" in (raw.get("rope_type"), raw.get("type"))
     raw = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads} | raw
     raw["attention_bias"] = raw["model_type"] != "qwen2" and raw.get("attention_bias", False)
     rope_keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     for key, kind in (FIELDS | dict.fromkeys(rope_keys, float)).items():
         value = raw.get(key, kind(1))
-        good = type(value) in (kind, int if kind is float else kind)  # to isinstance, True is an int
-        ensure(good and (kind is bool or 0 < value < 1e15), f"{key} is {value!r:.99}, no fit {kind.__name__}")
+        good = type(value) in (
+            kind,
+            int if kind is float else kind,
+        )  # to isinstance, True is an int
+        ensure(
+            good and (kind is bool or 0 < value < 1e15),
+            f"{key} is {value!r:.99}, no fit {kind.__name__}",
+        )
     fits = heads % raw["num_key_value_heads"] == raw["head_dim"] % 2 == 0
     fits = fits and (not llama3 or raw["low_freq_factor"] < raw["high_freq_factor"])
-    ensure(fits, "num_key_value_heads divides no heads, head_dim is odd or high_freq_factor is too low")
+    ensure(
+        fits, "num_key_value_heads divides no heads, head_dim is odd or high_freq_factor is too low"
+    )
     scaling = {"rope_type": "llama3"} | {key: raw[key] for key in rope_keys} if llama3 else None
-    return Config(raw["model_type"], rope_scaling=scaling, **{key: raw[key] for key in FIELDS if key in raw})
+    return Config(
+        raw["model_type"], rope_scaling=scaling, **{key: raw[key] for key in FIELDS if key in raw}
+    )
 
 
 def read_safetensors(path):
@@ -328,10 +616,15 @@ def read_safetensors(path):
     with blaming(path), open(path, "rb") as file:
         size, tensors, end = Path(path).stat().st_size, {}, 0
         start = 8 + int.from_bytes(file.read(8), "little")
-        ensure(start <= min(size, 100_000_008), f"a header of {start - 8} bytes in {size} is too long")
+        ensure(
+            start <= min(size, 100_000_008), f"a header of {start - 8} bytes in {size} is too long"
+        )
         header = parse_json(file.read(start - 8))
         metadata = header.pop("__metadata__", None)
-        ensure(metadata is None or {*map(type, metadata.values())} <= {str}, "__metadata__ maps no strings")
+        ensure(
+            metadata is None or {*map(type, metadata.values())} <= {str},
+            "__metadata__ maps no strings",
+        )
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             x = torch.empty([] + entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
             tensors[name], span = x, [end, end := end + x.nbytes]
@@ -341,7 +634,9 @@ def read_safetensors(path):
         for name, x in tensors.items():
             tensors[name] = torch.empty_like(x, device="cpu")
             data = tensors[name].reshape(-1).view(torch.uint8).numpy()  # the same memory
-            good = file.readinto(data) == data.nbytes and (x.dtype != torch.bool or data.max(initial=0) <= 1)
+            good = file.readinto(data) == data.nbytes and (
+                x.dtype != torch.bool or data.max(initial=0) <= 1
+            )
             ensure(good, f"the file ends within tensor {name!r:.99}, or a BOOL is not 0 or 1")
     return tensors
 
@@ -353,7 +648,9 @@ def write_safetensors(path, tensors):
         ensure(x.dtype in names, f"{path} cannot hold {name!r} of {x.dtype}")
         span = [end, end := end + x.nbytes]
         header[name] = {"dtype": names[x.dtype], "shape": [*x.shape], "data_offsets": span}
-    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()  # transformers 4 insists on it
+    text = json.dumps(
+        {"__metadata__": {"format": "pt"}} | header
+    ).encode()  # transformers 4 insists on it
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -363,7 +660,11 @@ def write_safetensors(path, tensors):
 
 def read_weights(directory):
     """{name: tensor} of model.safetensors, or of all shards that model.safetensors.index.json names."""
-    path, index, tensors = directory / "model.safetensors", directory / "model.safetensors.index.json", {}
+    path, index, tensors = (
+        directory / "model.safetensors",
+        directory / "model.safetensors.index.json",
+        {},
+    )
     if path.exists() or not index.exists():
         return read_safetensors(path)
     with blaming(index):
@@ -371,7 +672,10 @@ def read_weights(directory):
         for shard in {*home.values()}:
             ensure(Path(shard).name == shard, f"{shard!r:.99} is no bare file name")
             tensors |= (part := read_safetensors(directory / shard))
-            ensure(part.keys() == {name for name in home if home[name] == shard}, f"{shard} holds others")
+            ensure(
+                part.keys() == {name for name in home if home[name] == shard},
+                f"{shard} holds others",
+            )
     return tensors
 
 
@@ -380,14 +684,23 @@ def read_weights(directory):
 # a word, number or symbol with the space before it; white space.
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT_PIECES = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-TINY_PIECES = r"[A-Z][a-z][^\n]*|</?[a-z]+>|\n[A-Z_](?= )| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
+TINY_PIECES = (
+    r"[A-Z][a-z][^\n]*|</?[a-z]+>|\n[A-Z_](?= )| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
+)
 # Chat templates around the user's text; the first whose control tokens are all in the vocabulary is taken.
-CHATS = [("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
-         ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
-          "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"), ("", "\n")]
+CHATS = [
+    ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    ("", "\n"),
+]
 # tokenizer.json spells bytes as printable characters: these as themselves, the others from U+0100 on (GPT-2).
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-CODE_OF = dict(zip([*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})], [*PRINTABLE, *range(256, 324)]))
+CODE_OF = dict(
+    zip([*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})], [*PRINTABLE, *range(256, 324)])
+)
 BYTE_OF = {chr(code): byte for byte, code in CODE_OF.items()}
 
 
@@ -398,7 +711,9 @@ def split_pattern(pre_tokenizer):
     match plain, last.get("use_regex", True), first:
         case True, True, [] | [{"type": "Digits", "individual_digits": True}]:
             return DIGIT_PIECES if first else GPT2_PIECES
-        case True, False, [{"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}]:
+        case True, False, [
+            {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}
+        ]:
             return regex
     raise ValueError(f"pre_tokenizer {pre_tokenizer!r:.299} is not supported")
 
@@ -411,26 +726,50 @@ class Tokenizer:
     def __init__(self, data, end_ids=(), model_type="llama"):
         self.json, raw = data, parse_json(data)
         bpe, vocab, self.normalizer = raw["model"], raw["model"]["vocab"], raw["normalizer"]
-        made = [vocab["".join(merge).replace(" ", "")] for merge in bpe["merges"]]  # first by id in tiktoken
-        good = bpe["type"] == "BPE" and made == sorted(made) and self.normalizer in (None, {"type": "NFC"})
-        ensure(good, "not a BPE whose merges are in the order of the ids, after no normalizer or NFC")
+        made = [
+            vocab["".join(merge).replace(" ", "")] for merge in bpe["merges"]
+        ]  # first by id in tiktoken
+        good = (
+            bpe["type"] == "BPE"
+            and made == sorted(made)
+            and self.normalizer in (None, {"type": "NFC"})
+        )
+        ensure(
+            good, "not a BPE whose merges are in the order of the ids, after no normalizer or NFC"
+        )
         self.special = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        ranks = {bytes(map(BYTE_OF.get, name)): i for name, i in vocab.items() if name not in self.special}
+        ranks = {
+            bytes(map(BYTE_OF.get, name)): i
+            for name, i in vocab.items()
+            if name not in self.special
+        }
         names = ranks | {name.encode(): i for name, i in self.special.items()}
         self.bytes_of = {i: name for name, i in names.items()}
         good = all(type(i) is int and 0 <= i < 1 << 24 for i in self.bytes_of) and b"" not in names
-        ensure(good and len(self.bytes_of) == len(names), "a token is without text or an id of its own")
+        ensure(
+            good and len(self.bytes_of) == len(names), "a token is without text or an id of its own"
+        )
         self.size = max(self.bytes_of) + 1
         # Bytes that the vocabulary lacks: transformers drops them, tiktoken panics. They get ids above size;
         # runs of symbols are rid of them before, as transformers merges what is left of a run.
         lacking = {bytes([byte]) for byte in range(256)} - ranks.keys()
         ranks |= {byte: self.size + byte[0] for byte in lacking}
         lost = "".join(f"\\x{byte[0]:02x}" for byte in lacking if byte.isascii()) or "^\\S\\s"
-        self.lost = re.compile(rf"(?:(?<=[^\w\s])|(?<=[_\x1c-\x1f ]))[{lost}]+(?=[^\w\s]|[_\x1c-\x1f])")
-        self.encoding = tiktoken.Encoding("", pat_str=split_pattern(raw["pre_tokenizer"]),
-                                          mergeable_ranks=ranks, special_tokens=self.special)
-        before, after = next(chat for chat in CHATS if {*re.findall("<.*?>", str(chat))} <= {*self.special})
-        thought = "<think>\n\n</think>\n\n" if model_type == "qwen3" and "<think>" in self.special else ""
+        self.lost = re.compile(
+            rf"(?:(?<=[^\w\s])|(?<=[_\x1c-\x1f ]))[{lost}]+(?=[^\w\s]|[_\x1c-\x1f])"
+        )
+        self.encoding = tiktoken.Encoding(
+            "",
+            pat_str=split_pattern(raw["pre_tokenizer"]),
+            mergeable_ranks=ranks,
+            special_tokens=self.special,
+        )
+        before, after = next(
+            chat for chat in CHATS if {*re.findall("<.*?>", str(chat))} <= {*self.special}
+        )
+        thought = (
+            "<think>\n\n</think>\n\n" if model_type == "qwen3" and "<think>" in self.special else ""
+        )
         template = partial(self.encoding.encode, allowed_special="all")
         self.before, *self.after = map(template, (before, after + thought, after))
         self.end_ids = frozenset({*end_ids} | ({self.after[1][0]} & {*self.special.values()}))
@@ -456,15 +795,40 @@ class Tokenizer:
 def tiny_tokenizer(texts, end):
     """A Tokenizer of the 256 bytes and of the pieces of some texts, of which `end` ends an answer."""
     pieces = [piece.encode() for text in texts for piece in re.findall(TINY_PIECES, text)]
-    vocab = numbered(x.decode("latin-1").translate(CODE_OF) for x in [*map(bytes, zip(range(256))), *pieces])
+    vocab = numbered(
+        x.decode("latin-1").translate(CODE_OF) for x in [*map(bytes, zip(range(256))), *pieces]
+    )
     pairs = [(name[:i], name[i:]) for name in vocab for i in range(1, len(name))]
-    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": TINY_PIECES}, "behavior": "Isolated", "invert": False}
-    return Tokenizer(json.dumps({
-        "version": "1.0", "added_tokens": [], "normalizer": None, "decoder": bytes_,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
-        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab,  # all merges that tiktoken finds:
-                  "merges": [pair for pair in pairs if vocab.keys() >= {*pair}]}}).encode(), [vocab[end]])
+    bytes_ = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": TINY_PIECES},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return Tokenizer(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": [],
+                "normalizer": None,
+                "decoder": bytes_,
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
+                "model": {
+                    "type": "BPE",
+                    "ignore_merges": True,
+                    "vocab": vocab,  # all merges that tiktoken finds:
+                    "merges": [pair for pair in pairs if vocab.keys() >= {*pair}],
+                },
+            }
+        ).encode(),
+        [vocab[end]],
+    )
 
 
 def load_pretrained(directory, dtype=torch.float32):
@@ -472,26 +836,41 @@ def load_pretrained(directory, dtype=torch.float32):
     Memory peaks at the weights' own size: each tensor is read into its place and converted by itself, and the
     model has no memory of its own. Raises ValueError, with file and reason, on what is not supported."""
     directory, ends, tokenizer = Path(directory), [], None
-    files = {p.name: p.read_bytes() for p in directory.iterdir() if p.suffix in (".json", ".txt", ".jinja")}
+    files = {
+        p.name: p.read_bytes()
+        for p in directory.iterdir()
+        if p.suffix in (".json", ".txt", ".jinja")
+    }
     for name in ("generation_config.json", "config.json"):
         with blaming(directory / name):
             found = parse_json(files.get(name, b"{}")).get("eos_token_id")
             ends += found if isinstance(found, list) else [] if found is None else [found]
             ensure({*map(type, ends)} <= {int}, f"eos_token_id is {found!r:.99}")
-            config = name == "config.json" and parse_config(files.get(name, b""))  # before gigabytes are read
+            config = name == "config.json" and parse_config(
+                files.get(name, b"")
+            )  # before gigabytes are read
     tensors = read_weights(directory)
     with blaming(directory / "config.json"), torch.device("meta"):
         ensure(9 * config.num_hidden_layers <= len(tensors), "num_hidden_layers exceeds the files")
         model = Transformer(config)
-    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # old buffer; a copy
+    spare = (
+        "rotary_emb.inv_freq",
+        *["lm_head.weight"] * config.tie_word_embeddings,
+    )  # old buffer; a copy
     tensors = {name: x for name, x in tensors.items() if not name.endswith(spare)}
     has = {(name, x.shape, x.is_floating_point()) for name, x in tensors.items()}
     wrong = has ^ {(name, weight.shape, True) for name, weight in model.state_dict().items()}
-    ensure(not wrong, f"{directory}: files and model differ in (name, shape, float): {sorted(wrong)!r:.199}")
+    ensure(
+        not wrong,
+        f"{directory}: files and model differ in (name, shape, float): {sorted(wrong)!r:.199}",
+    )
     if "tokenizer.json" in files:
         with blaming(directory / "tokenizer.json"):
             tokenizer = Tokenizer(files["tokenizer.json"], ends, config.model_type)
-            ensure(tokenizer.size <= config.vocab_size, f"{tokenizer.size} tokens exceed the vocab_size")
+            ensure(
+                tokenizer.size <= config.vocab_size,
+                f"{tokenizer.size} tokens exceed the vocab_size",
+            )
     model.load_state_dict({name: tensors.pop(name).to(dtype) for name in [*tensors]}, assign=True)
     model.files = files
     return model, tokenizer
@@ -501,14 +880,22 @@ def save_pretrained(directory, model, tokenizer, weights=None):
     """Write a directory that load_pretrained, transformers and vLLM read; tokenizer may be None, weights be
     given in the place of the model's own. config.json is in the older dialect, which all read; the other
     files that came with the model are carried over. Each file is complete before it takes its place."""
-    directory, files, config = Path(directory), dict(model.files), model.config._asdict()
+    directory, files, config = Path(directory), dict(model.files), asdict(model.config)
     if tokenizer:
         files.setdefault("tokenizer_config.json", b'{"tokenizer_class": "PreTrainedTokenizerFast"}')
         files["tokenizer.json"] = tokenizer.json
-    end = min(tokenizer.end_ids, default=None) if tokenizer else None  # without it transformers takes 2
-    raw = {"bos_token_id": None, "eos_token_id": end} | json.loads(files.get("config.json", b"{}")) | config
-    raw |= {"architectures": [f"{config['model_type'].title()}ForCausalLM"],
-            "torch_dtype": str(next(model.parameters()).dtype)[6:]}
+    end = (
+        min(tokenizer.end_ids, default=None) if tokenizer else None
+    )  # without it transformers takes 2
+    raw = (
+        {"bos_token_id": None, "eos_token_id": end}
+        | json.loads(files.get("config.json", b"{}"))
+        | config
+    )
+    raw |= {
+        "architectures": [f"{config['model_type'].title()}ForCausalLM"],
+        "torch_dtype": str(next(model.parameters()).dtype)[6:],
+    }
     raw = {key: value for key, value in raw.items() if key not in ("rope_parameters", "dtype")}
     files["config.json"] = json.dumps(raw, indent=2).encode()
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,34 +1,38 @@
 """MS-GRPO: multi-step group-relative policy optimisation of a language model that acts in a text game.
 
 Dilkes, Yazdanpanah, Stein: Reinforced Language Models for Sequential Decision Making, arXiv 2508.10839
-(2025). We could read its abstract, introduction and one caption. What those state is marked [paper]; every
-formula below is our reading.
+(2025). We could read its abstract, introduction and one caption. What those state is marked [paper];
+every formula below is our reading.
 
-    TSMG [paper: the environment behind an explicit text interface]. A stochastic game (S, A, T, r, H), a map
-         phi: S -> text and a map psi: text -> A or invalid. Here: `Game`.
-    LAP  [paper: the policy as a language model behind it]. The model speaks tokens, the game hears actions:
-             pi(a|s) = sum over texts y with psi(y) = a of p_theta(y | instructions, phi(s)).
-         Only the current state is in the context, no history [paper]. Here: `Policy`.
+    TSMG  [paper] A text-mediated stochastic game (S, A, T, r, H): the environment behind an explicit
+          text interface, a map phi: S -> text and a map psi: text -> A or invalid. Here: `Game`.
+    LAP   [paper] A language-agent policy: the model speaks tokens, the game hears actions,
+              pi(a|s) = sum over texts y with psi(y) = a of p_theta(y | instructions, phi(s)).
+          Only the current state is in the context, no history [paper]. Here: `Policy`.
 
 One iteration:
-    1. Play groups of G episodes from the same start: same map, independent slips, independent samples.
+    1. Play groups of G episodes from the same start: same map, independent slips and samples.
     2. Return of an episode: R_i = sum_t r_{i,t}, undiscounted.
-    3. Advantage in the group [paper]: A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-6), over G *episodes*.
-    4. Every token of every step of episode i gets A_i [paper: the entire episode reward to each step].
-       `gamma` < 1 is our ablation, credit that fades with the distance from the end: gamma^(T_i - 1 - t) A_i.
-    5. AAW: train on K of N episodes, drawn with P(i) = |A_i| / sum_j |A_j| [paper: more weight on large
-       absolute advantages; this form, without replacement, is ours].
-    6. Ascend sum of min(rho A, clip(rho, 1 - eps, 1 + eps) A) / tokens, rho = p_theta / p_old per token. An
-       entropy bonus counts only where |log rho| <= log(1 + eps): ours, since a bonus without bound can wreck
-       the answers' form within one iteration.
+    3. Advantage in its group [paper]: A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-6). The mean and
+       the population std are over the G episodes, never over steps.
+    4. Credit: every token of every step of episode i gets A_i [paper]. `gamma` < 1 is our ablation,
+       credit that fades with the distance from the end: gamma^(T_i - 1 - t) A_i.
+    5. AAW: train on K of the N episodes, drawn with P(i) = |A_i| / sum_j |A_j|. [paper: more weight
+       on large absolute advantages; this form, without replacement, is ours.]
+    6. Ascend the clipped objective, over the response tokens of the drawn episodes:
+       sum of min(rho A, clip(rho, 1 - eps, 1 + eps) A) / tokens, with rho = p_theta / p_old.
 
-Not here: GRPO's KL term (no reference model is held) and its mean per sequence before the mean over sequences
-(it would weight tokens of short answers more); nor a second normalisation after the draw. What is true of
-step 4: without std, clip and AAW, and but for a factor (G - 1) / G and the random number of tokens, it is an
-unbiased policy gradient, since E[grad log pi(a_t|s_t) * (reward earned before t)] = 0, usually of more
-variance than reward to go; with a reward at the end only and gamma = 1, both are the same number. The std
-rescales groups; AAW, where more than K have A != 0, leans to sum_i |A_i| A_i grad log pi: deliberate bias.
+What is left out of GRPO: the KL term (no reference model is held), and the mean per sequence before
+the mean over sequences (it would weight tokens of short answers more). There is no second
+normalisation after the draw.
+
+What is true of step 4. E[grad log pi(a_t|s_t) * (reward earned before t)] = 0. So without std, clip
+and AAW, this is an unbiased policy gradient, up to a factor (G - 1) / G and the random number of
+tokens. It usually has more variance than reward to go. With a reward at the end only and gamma = 1,
+both are the same number. The std rescales groups. AAW follows sum_i |A_i| A_i grad log pi where
+more than K episodes have A != 0: a deliberate bias.
 """
+
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,8 +41,10 @@ import torch
 
 
 class Game(Protocol):
-    """One episode of a text-mediated stochastic game (TSMG). It also has `success`, whether the goal has been
-    reached, and `rng`, a numpy Generator of everything random in it, the policy's samples included."""
+    """One episode of a text-mediated stochastic game."""
+
+    rng: np.random.Generator  # of everything random in the episode, the policy's samples included
+    success: bool  # has the goal been reached?
 
     def observation(self) -> str:
         """phi: the current state as text."""
@@ -47,66 +53,96 @@ class Game(Protocol):
         """Play an answer: (reward, done, valid)."""
 
 
+@dataclass
+class Answer:
+    """What a policy said to one observation, in the very tokens that were sampled."""
+
+    prompt: tuple[int, ...]  # what stands behind the instructions
+    response: tuple[int, ...]  # with the end token, where there is one
+    logprobs: list[float] = ()  # of each response token when it was sampled
+    text: str = ""  # of the response
+    truncated: bool = False  # the limit of tokens came before an end token
+
+
 class Policy(Protocol):
-    """A language-agent policy (LAP): a language model, with the game's instructions before every prompt, that
-    says at most `max_new_tokens` at a time."""
+    """A language model that reads the game's instructions before every observation."""
 
-    def act(self, observations: list[str], uniforms: np.ndarray | None) -> list[tuple]:
-        """Answer each observation: the first five fields of its Step. uniforms (observations, max_new_tokens)
-        in [0, 1) decide the samples; None: greedy."""
+    max_new_tokens: int  # of an answer
 
-    def score(self, steps: list["Step"]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities, with gradient, and entropies of all response tokens in order, each (tokens,)."""
+    def act(self, observations: list[str], uniforms: np.ndarray | None) -> list[Answer]:
+        """Answer each observation.
+
+        uniforms (observations, max_new_tokens) in [0, 1) decide the samples; None: greedy.
+        """
+
+    def score(self, answers: list[Answer]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies of all response tokens in order, with gradient.
+
+        Each is (tokens,). At the temperature of `act`, so that a ratio of 1 means the same policy.
+        """
 
 
 @dataclass
 class Step:
-    """An answer, in the very tokens that were sampled, and what came of it. An episode is a list of steps."""
-    prompt: tuple[int, ...]  # behind the instructions
-    response: tuple[int, ...]  # the end token included, where there is one
-    logprobs: list[float] = ()  # of the response when it was sampled
-    text: str = ""
-    truncated: bool = False  # the limit came before an end token
+    """An answer and what came of it. An episode is a list of steps."""
+
+    answer: Answer
     reward: float = 0.0
     done: bool = False
-    valid: bool = False
+    valid: bool = False  # the answer named an action
     success: bool = False
     credit: float = 0.0  # what each token of the response is paid
 
 
 def play(policy, games, greedy=False):
-    """[steps of each game], played to their ends in lockstep, one batch of answers a step; ended ones leave.
-    An episode's samples come from its game's own generator, so they do not depend on what else is played."""
+    """Play games to their ends in lockstep; returns the episode of each.
+
+    Each round answers all live games as one batch; a game that is done leaves it. The samples of an
+    episode come from its game's own generator: they do not depend on what else is played.
+    """
     episodes = [[] for _ in games]
-    live = list(zip(games, episodes))
+    live = list(range(len(games)))
     while live:
-        uniforms = None if greedy else np.stack([game.rng.random(policy.max_new_tokens) for game, _ in live])
-        answers = policy.act([game.observation() for game, _ in live], uniforms)
-        for (game, episode), answer in zip(live, answers):
-            episode.append(Step(*answer, *game.step(answer[3]), game.success))
-        live = [(game, episode) for game, episode in live if not episode[-1].done]
+        observations = [games[i].observation() for i in live]
+        uniforms = None
+        if not greedy:
+            uniforms = np.stack([games[i].rng.random(policy.max_new_tokens) for i in live])
+        answers = policy.act(observations, uniforms)
+        for i, answer in zip(live, answers):
+            reward, done, valid = games[i].step(answer.text)
+            episodes[i].append(Step(answer, reward, done, valid, games[i].success))
+        live = [i for i in live if not episodes[i][-1].done]
     return episodes
 
 
+def episode_returns(episodes):
+    """R_i = sum_t r_{i,t}: (episodes,) float tensor."""
+    return torch.tensor([sum(step.reward for step in episode) for episode in episodes])
+
+
 def episode_advantages(returns, normalize_std=True):
-    """A_i = (R_i - mean R) / (std R + 1e-6) over each group, population std: returns (groups, G) -> (groups,
-    G). A group whose returns are all equal has exactly 0, whatever floating point makes of its mean."""
+    """A_i = (R_i - mean R) / (std R + 1e-6) in each group, population std: (groups, G) -> (groups, G).
+
+    A group whose returns are all equal has exactly 0, whatever floating point makes of its mean.
+    """
     returns = torch.as_tensor(returns, dtype=torch.float32)
     advantages = returns - returns.mean(1, keepdim=True)
     if normalize_std:
         advantages = advantages / (returns.std(1, correction=0, keepdim=True) + 1e-6)
-    return advantages.masked_fill((returns == returns[:, :1]).all(1, keepdim=True), 0.0)
+    all_equal = (returns == returns[:, :1]).all(1, keepdim=True)
+    return advantages.masked_fill(all_equal, 0.0)
 
 
 def assign_credit(episodes, advantages, gamma=1.0):
-    """Pay step t of episode i gamma^(T_i - 1 - t) A_i: gamma = 1 is MS-GRPO, 0 pays the last step alone."""
+    """Pay step t of episode i gamma^(T_i - 1 - t) A_i: 1 is MS-GRPO, 0 pays the last step alone."""
     for episode, advantage in zip(episodes, advantages.tolist()):
-        for distance, step in enumerate(reversed(episode)):
-            step.credit = advantage * gamma ** distance
+        for t, step in enumerate(episode):
+            distance = len(episode) - 1 - t
+            step.credit = advantage * gamma**distance
 
 
 def aaw_probabilities(advantages):
-    """P(i) = |A_i| / sum_j |A_j|: (N,) -> (N,). ValueError if every advantage is zero."""
+    """P(i) = |A_i| / sum_j |A_j|: (N,) -> (N,). Raises ValueError if every advantage is zero."""
     weights = torch.as_tensor(advantages, dtype=torch.float64).abs()
     if not weights.any():
         raise ValueError("every advantage is zero: there is no episode to draw")
@@ -114,67 +150,140 @@ def aaw_probabilities(advantages):
 
 
 def draw_episodes(advantages, sampling, count, rng):
-    """Indices, ascending, of the episodes to train on: advantages (N,); rng a numpy Generator. "aaw" draws
-    count by `aaw_probabilities`, or as many as there are with A != 0; "uniform" count of N whatever their A;
-    "all" N."""
-    most = int((advantages != 0).sum()) if sampling == "aaw" else len(advantages)
-    count = most if sampling == "all" else min(count, most)
-    p = aaw_probabilities(advantages).numpy() if sampling == "aaw" and count else None
-    return sorted(rng.choice(len(advantages), count, replace=False, p=p).tolist())
+    """Draw the episodes to train on: advantages (N,) -> ascending indices.
+
+    "aaw" draws `count` by `aaw_probabilities`, or as many as have A != 0 where those are fewer.
+    "uniform" draws `count` of the N whatever their A; "all" takes the N. rng: a numpy Generator.
+    """
+    total = len(advantages)
+    if sampling == "all":
+        return list(range(total))
+    if sampling == "uniform":
+        drawn = rng.choice(total, min(count, total), replace=False)
+        return sorted(drawn.tolist())
+    nonzero = int((advantages != 0).sum())
+    if nonzero == 0:
+        return []
+    probabilities = aaw_probabilities(advantages).numpy()
+    drawn = rng.choice(total, min(count, nonzero), replace=False, p=probabilities)
+    return sorted(drawn.tolist())
 
 
-def clipped_objective(logprobs, old_logprobs, advantages, clip):
-    """min(rho A, clip(rho, 1 - eps, 1 + eps) A) per token, and where the clip is active: each (tokens,)."""
-    ratio = (logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
-    return torch.minimum(ratio * advantages, clipped), clipped < ratio * advantages
+def policy_loss(logprobs, old_logprobs, credit, entropies, clip=0.2, entropy_coef=0.0):
+    """The loss of each token, and where the clip is active; all arguments and both results (tokens,).
+
+        -min(rho A, clip(rho, 1 - eps, 1 + eps) A) - c H,   rho = exp(logprobs - old_logprobs)
+
+    Ours: the entropy bonus c H counts only where |log rho| <= log(1 + eps). A bonus without a bound
+    can wreck the form of the answers within one iteration.
+    """
+    log_ratio = (logprobs - old_logprobs).clamp(
+        -20, 20
+    )  # beyond it exp overflows: no gradient there
+    ratio = log_ratio.exp()
+    objective = ratio * credit
+    clipped_objective = ratio.clamp(1 - clip, 1 + clip) * credit
+    loss = -torch.minimum(objective, clipped_objective)
+    if entropy_coef:
+        is_near = log_ratio.detach().abs().expm1() <= clip
+        loss = loss - entropy_coef * torch.where(is_near, entropies, 0.0)
+    return loss, clipped_objective < objective
 
 
 def micro_batches(steps, budget):
-    """The steps in lists of about `budget` tokens, sorted by length and prompt. Equal answers to a prompt
-    stay together and count once, as `Policy.score` may run them once."""
-    size, last, batches = 0, None, {}
-    for step in sorted(steps, key=lambda s: (len(s.response), len(s.prompt), s.prompt, s.response)):
-        pair = step.prompt, step.response
-        size, last = size + (pair != last) * sum(map(len, pair)), pair
-        batches.setdefault(size // budget, []).append(step)
-    return list(batches.values())
+    """The steps in lists of about `budget` tokens, those of similar length together.
+
+    Equal answers to equal prompts stay in one list and count once, as `Policy.score` runs them once.
+    """
+    alike = {}
+    for step in steps:
+        pair = (step.answer.prompt, step.answer.response)
+        alike.setdefault(pair, []).append(step)
+    batches = []
+    room = 0
+    for prompt, response in sorted(alike, key=lambda pair: (len(pair[1]), len(pair[0]), pair)):
+        tokens = len(prompt) + len(response)
+        if tokens > room:
+            batches.append([])
+            room = budget
+        room -= tokens
+        batches[-1] += alike[prompt, response]
+    return batches
+
+
+def count_tokens(steps):
+    """Response tokens of the steps: the denominator of an update's loss."""
+    return sum(len(step.answer.response) for step in steps)
+
+
+def backward(policy, steps, tokens, clip=0.2, entropy_coef=0.0, scale=1.0):
+    """Add the gradient of `policy_loss`, summed over one micro-batch and divided by `tokens`.
+
+    tokens: of the whole update, so that its split into micro-batches changes nothing. scale: a
+    factor on the gradient. Returns sums over the micro-batch's tokens, (4,) float64: loss, entropy,
+    clipped tokens, |log ratio|.
+    """
+    logprobs, entropies = policy.score([step.answer for step in steps])
+    old_logprobs = []
+    credit = []
+    for step in steps:
+        old_logprobs += step.answer.logprobs
+        credit += [step.credit] * len(step.answer.response)
+    old_logprobs = torch.tensor(old_logprobs, device=logprobs.device)
+    credit = torch.tensor(credit, device=logprobs.device)
+    losses, clipped = policy_loss(logprobs, old_logprobs, credit, entropies, clip, entropy_coef)
+    (losses.sum() / tokens * scale).backward()
+    gaps = (logprobs - old_logprobs).abs()
+    sums = [values.detach().double().sum() for values in (losses, entropies, clipped, gaps)]
+    return torch.stack(sums).cpu()
+
+
+def steps_to_score(steps, entropy_coef):
+    """The steps that have a gradient: without an entropy bonus, those with credit."""
+    return [step for step in steps if step.credit or entropy_coef]
+
+
+def accumulate_gradient(policy, episodes, clip=0.2, entropy_coef=0.0, budget=16384):
+    """Add the gradient of one update's loss on these episodes to the parameters' .grad.
+
+    budget: tokens of a micro-batch, about. Returns the update's statistics, as `statistics` says.
+    """
+    steps = [step for episode in episodes for step in episode]
+    scored = steps_to_score(steps, entropy_coef)
+    tokens = count_tokens(steps)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for batch in micro_batches(scored, budget):
+        sums += backward(policy, batch, tokens, clip, entropy_coef)
+    return statistics(sums, tokens, count_tokens(scored))
+
+
+def statistics(sums, tokens, scored_tokens):
+    """Of the sums of `backward` over one update: a dict of its loss, and of means over scored tokens."""
+    loss, entropy, clipped, gap = sums.tolist()
+    scored_tokens = max(1, scored_tokens)
+    return {
+        "tokens": tokens,
+        "loss": loss / max(1, tokens),
+        "entropy": entropy / scored_tokens,
+        "clip_share": clipped / scored_tokens,
+        "logprob_gap": gap / scored_tokens,
+    }
 
 
 @torch.no_grad()
 def rescore(policy, episodes, budget=16384):
-    """Replace the sampled log-probabilities by those of `policy.score`; returns the mean absolute difference.
-    For rollouts whose numerics are not those of training: a ratio must be 1 before the first update."""
+    """Replace the sampled log-probabilities by those of `policy.score`.
+
+    For rollouts whose numerics are not those of training: the ratio must be 1 before the first
+    update. Returns the mean absolute difference.
+    """
     gaps = []
     for batch in micro_batches([step for episode in episodes for step in episode], budget):
-        scored = iter(policy.score(batch)[0].tolist())
-        for step in batch:
-            sampled, step.logprobs = step.logprobs, [next(scored) for _ in step.response]
-            gaps += [abs(a - b) for a, b in zip(sampled, step.logprobs)]
+        answers = [step.answer for step in batch]
+        scored = policy.score(answers)[0].tolist()
+        for answer in answers:
+            sampled = answer.logprobs
+            answer.logprobs = scored[: len(sampled)]
+            del scored[: len(sampled)]
+            gaps += [abs(a - b) for a, b in zip(sampled, answer.logprobs)]
     return sum(gaps) / max(1, len(gaps))
-
-
-def accumulate_gradient(policy, episodes, *, clip=.2, entropy_coef=0.0, budget=16384, share=list, world=1):
-    """Add the gradient of one update's loss to the parameters' .grad; returns a dict: the loss, and
-    means over the scored tokens. The denominator is the number of response tokens of all
-    these episodes, so the split into micro-batches changes nothing; steps without credit cost no forward pass
-    unless the entropy term needs them.
-    share: this process's part of a list, of `world` processes. All make the same number of passes, with a
-    step of no weight where there is none left; gradients are to be averaged, means (not tokens) added."""
-    steps = [step for episode in episodes for step in episode]
-    scored = [step for step in steps if step.credit or entropy_coef]
-    tokens, n = (sum(len(step.response) for step in x) for x in (steps, scored))
-    means = torch.zeros(4, dtype=torch.float64)
-    for batch in micro_batches(scored, budget * world):
-        pairs = {*share([*dict.fromkeys((step.prompt, step.response) for step in batch)])}
-        mine = [step for step in batch if (step.prompt, step.response) in pairs]
-        weight, batch = float(len(mine) > 0), mine or batch[:1]
-        logprobs, entropy = policy.score(batch)
-        old = torch.tensor([x for step in batch for x in step.logprobs], device=logprobs.device)
-        credit = torch.tensor([step.credit for step in batch for _ in step.response], device=logprobs.device)
-        objective, clipped = clipped_objective(logprobs, old, credit, clip)
-        gap = (logprobs.detach() - old).abs()
-        loss = -(objective + entropy_coef * (gap.expm1() <= clip) * entropy).sum() / tokens
-        (loss * weight * world).backward()
-        means += weight * torch.stack([loss, *(x.sum() / n for x in (entropy, clipped, gap))]).detach().cpu()
-    return dict(zip(("loss", "entropy", "clip_share", "logprob_gap"), means.tolist())) | {"tokens": tokens}

@@ -1,15 +1,16 @@
 """Train a language model to cross frozen lakes by MS-GRPO, evaluate it on unseen ones, watch it play.
 
-    python train.py --tiny                      a transformer from nothing, on two CPU cores
+    python train.py --tiny                      a transformer from nothing, on a laptop's CPU
     python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama in Hugging Face's format
     python train.py --resume DIR                go on with a run that was stopped or killed
-    python train.py --eval DIR, or --play DIR   what a run or a checkpoint can do, in figures or move by move
+    python train.py --eval DIR, or --play DIR   what a run or a model can do, in figures or move by move
     torchrun --nproc-per-node N train.py ...    the same by N processes
 
-A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.pt (to resume from), model/
-(in Hugging Face's format) and summary.json. Random numbers follow from (seed, iteration, episode), not from
-what was drawn before: on a CPU, a resumed run goes on bit for bit.
+A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.pt (to resume from),
+model/ (in Hugging Face's format) and summary.json. Random numbers follow from (seed, iteration,
+group, episode), not from what was drawn before: on a CPU, a resumed run goes on bit for bit.
 """
+
 import argparse
 import copy
 import json
@@ -20,15 +21,14 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# Threads that wait by spinning take the time of those they wait for: beside other work, a run of seconds took
-# many minutes. OpenMP reads these when torch is imported: GNU's spins shortly and then sleeps, others sleep.
+# Threads that wait by spinning take the time of those they wait for: beside other work, a run of
+# seconds took many minutes. OpenMP reads these when torch is imported: GNU's then spins shortly and
+# sleeps, others sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import frozenlake
 import model as lm
@@ -36,400 +36,843 @@ import msgrpo
 from frozenlake import SCENARIOS, FrozenLake
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured in results/bench*.jsonl.
-DTYPE = "bfloat16" if DEVICE != "cpu" or torch.cpu._is_amx_tile_supported() else "float32"
+# Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured (results/bench*.jsonl).
+BFLOAT16_IS_FAST = DEVICE == "cuda" or torch.cpu._is_amx_tile_supported()
+DTYPE = "bfloat16" if BFLOAT16_IS_FAST else "float32"
 
 
 def setting(default, text, low=0, high=1e18, choices=()):
-    return field(default=default, metadata={"help": text, "range": (low, high, choices)})
+    return field(default=default, metadata={"help": text, "range": (low, high), "choices": choices})
+
+
+GROUPS = {
+    "checkpoint": "the run",
+    "groups": "the method",
+    "dtype": "this machine",
+}  # by first field
 
 
 @dataclass
 class Settings:
-    """All settings of a run. Defaults are for pretrained models of some billion parameters: [author] marks
-    those of the later public trainer of the paper's first author, [paper] those of its abstract; the rest is
-    ours."""
+    """All settings of a run. Defaults are for pretrained models of some billion parameters.
+
+    [author] marks those of the later public trainer of the paper's first author, [paper] those of
+    its abstract. The rest is ours.
+    """
+
     checkpoint: str = setting("", "pretrained model's directory; empty: the tiny model")
     seed: int = setting(0, "of everything random")
     iterations: int = setting(700, "times to play and learn [paper]", 1)
-    scenario: str = setting("noslip", f"lakes to train on: {', '.join(SCENARIOS)}", choices=tuple(SCENARIOS))
-    groups: int = setting(2, "groups an iteration, each on its own map [author]", 1)
-    group_size: int = setting(16, "episodes a group, all from the same start [author]", 2)
-    replay: float = setting(0.0, "share of groups that return to maps where an episode failed", 0, 1)
-    explore: int = setting(0, "up to so many episodes of groups without success are added to the draw")
-    sampling: str = setting("aaw", "of episodes: aaw, uniform or all", choices=("aaw", "uniform", "all"))
-    keep: float = setting(.5, "share of the episodes that aaw and uniform draw", 1e-9, 1)
-    update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
-    gamma: float = setting(1.0, "credit per step of distance from the end; 1 is MS-GRPO [paper]", 0, 1)
+    scenario: str = setting("noslip", "lakes to train on", choices=tuple(SCENARIOS))
+    max_steps: int = setting(0, "of a training episode; 0: the scenario's")
+    think: bool = setting(False, "ask for thoughts and a plan before the action")
+    coordinates: bool = setting(False, "name the positions above the grid")
+    eval_every: int = setting(0, "iterations between evaluations on noslip; 0: at the end alone")
+    eval_episodes: int = setting(1000, "most episodes of a scenario's evaluation", 1)
+    checkpoint_every: int = setting(20, "iterations between states to resume from", 1)
+    groups: int = setting(2, "groups of episodes an iteration, each on its own map [author]", 1)
+    group_size: int = setting(16, "episodes of a group, all from the same start [author]", 2)
+    sampling: str = setting("aaw", "how episodes are drawn", choices=("aaw", "uniform", "all"))
+    keep: float = setting(0.5, "share of the episodes that aaw and uniform draw", 1e-9, 1)
+    gamma: float = setting(1.0, "credit left per step of distance from the end [paper: 1]", 0, 1)
     normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
-    clip: float = setting(.2, "of the ratio, on both sides [author]")
-    max_gap: float = setting(.15, "mean |log ratio| of an update at which the iteration's updates end")
-    entropy_coef: float = setting(.001, "of the entropy bonus, per token in nats [author]")
-    learning_rate: float = setting(1e-6, "of AdamW [author], after a ramp of ten iterations")
-    final_rate: float = setting(1.0, "share of it that linear decay leaves; 1: constant [author]", 0, 1)
+    update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
+    clip: float = setting(0.2, "how far the ratio may leave 1 before the clip [author]")
+    max_gap: float = setting(0.15, "mean |log ratio| at which the iteration's updates end")
+    entropy_coef: float = setting(0.001, "of the entropy bonus, per token in nats [author]")
+    learning_rate: float = setting(1e-6, "of AdamW, after a ramp of ten iterations [author]")
+    final_rate: float = setting(1.0, "share of it left at the end; 1: constant [author]", 0, 1)
     grad_clip: float = setting(1.0, "largest norm of a gradient [author]")
     temperature: float = setting(1.25, "of sampling and of scoring alike [author]", 1e-6)
     max_new_tokens: int = setting(0, "of an answer; 0: 16, with --think 256 [author]")
-    think: bool = setting(False, "ask for thoughts and a plan before the action")
-    coordinates: bool = setting(False, "name the positions above the grid")
-    invalid_penalty: float = setting(0.0, "taken off for an invalid answer ([author]: 1, and moved left)")
-    micro_batch_tokens: int = setting(16384, "tokens of one forward and backward pass, about", 1)
-    recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
-    dtype: str = setting(DTYPE, "of passes here, float32 or bfloat16", choices=("float32", "bfloat16"))
-    device: str = setting(DEVICE, "of the model, here")
-    threads: int = setting(torch.get_num_threads(), "of the CPU, here; sums depend on it", 1, 4096)
-    checkpoint_every: int = setting(20, "iterations between states to resume from", 1)
-    eval_every: int = setting(0, "iterations between evaluations on noslip; 0: at the end alone")
-    eval_episodes: int = setting(1000, "of each scenario that slips or is larger", 1)
-    warmup_steps: int = setting(0, "steps of next-token prediction on the game's text, as pretraining")
+    invalid_penalty: float = setting(0.0, "taken off for an invalid answer, which moves nothing")
+    replay: float = setting(0.0, "share of groups on maps where an episode failed before", 0, 1)
+    explore: int = setting(0, "most episodes added from groups without success")
+    warmup_steps: int = setting(0, "steps of next-token prediction on the game's text at the start")
+    dtype: str = setting(DTYPE, "numbers of passes", choices=("float32", "bfloat16"))
+    device: str = setting(DEVICE, "of the model: cpu, cuda or cuda:N")
+    threads: int = setting(torch.get_num_threads(), "of the CPU; sums depend on it", 1, 4096)
+    micro_batch_tokens: int = setting(16384, "tokens of one pass of an update, about", 1)
+    recompute: bool = setting(False, "keep no activations: less memory, more time")
 
     def __post_init__(self):
-        for f in fields(self):
-            value, (low, high, choices) = getattr(self, f.name), f.metadata["range"]
-            good = type(value) in ((int, float) if f.type is float else (f.type,))  # True is no number here
-            good = good and (value in choices if choices else f.type in (str, bool) or low <= value <= high)
-            lm.ensure(good, f"--{f.name.replace('_', '-')} {value} is not {choices or f'in [{low}, {high}]'}")
+        check_settings(self)
 
     def lake(self, desc, *key, scenario=None):
-        """The game on one map, with this run's text and rewards; its random numbers follow from the key."""
-        return FrozenLake(desc, *SCENARIOS[scenario or self.scenario][2:], generator(*key),
-                          self.invalid_penalty, self.coordinates, self.think)
+        """The game on one map, with this run's text and rewards; its random numbers follow from the key.
+
+        scenario: an evaluation's, for the training scenario in the place.
+        """
+        rules = SCENARIOS[scenario or self.scenario]
+        max_steps = rules.max_steps
+        if scenario is None and self.max_steps:
+            max_steps = self.max_steps
+        rng = generator(*key)
+        text = (self.invalid_penalty, self.coordinates, self.think)
+        return FrozenLake(desc, rules.success_rate, max_steps, rng, *text)
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=240, groups=64, group_size=8, update_episodes=64,  # many maps, few episodes of each
-    # replay: soon most groups are all alike. explore: on the last maps that it always fails, the policy is
-    # sure of what it does. No std: it blows up groups that are nearly all alike.
-    replay=.5, explore=128, normalize_std=False,
-    entropy_coef=.05, invalid_penalty=.5,  # the bonus keeps groups mixed, the penalty the answers' form
-    # Gradients grow tenfold when the model begins to look at the map.
-    learning_rate=1e-3, final_rate=.05, grad_clip=.1,
-    temperature=1.0, max_new_tokens=3, dtype="float32", device="cpu", threads=2, warmup_steps=200)
+    iterations=240,
+    groups=64,  # many maps, few episodes of each
+    group_size=8,
+    update_episodes=64,
+    normalize_std=False,  # the std blows up groups that are nearly all alike
+    replay=0.5,  # late in training, most new groups are all alike and teach nothing
+    explore=128,  # on the last maps that it always fails, the policy is sure of what it does
+    entropy_coef=0.05,  # keeps groups mixed
+    invalid_penalty=0.5,  # keeps the answers' form
+    learning_rate=1e-3,
+    final_rate=0.05,
+    grad_clip=0.1,  # gradients grow tenfold when the model begins to look at the map
+    temperature=1.0,
+    max_new_tokens=3,
+    warmup_steps=200,
+    dtype="float32",
+    device="cpu",
+    threads=2,
+)
 
 
 def generator(*key):
-    """The numpy Generator of a key of integers, whose length counts: SeedSequence takes (1,) for (1, 0)."""
+    """The numpy Generator of a key of integers, whose length counts: numpy takes (1,) for (1, 0)."""
     return np.random.default_rng([len(key), *key])
 
 
-# Several processes: torchrun sets these. All draw the same numbers and keep the same books; they share the
-# playing, the passes of an update, and the float32 state. One process alone gets back what it gives.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def iterate(player, trainee, learner, iteration, failed):
+    """One iteration of MS-GRPO, by the steps of msgrpo.py; returns its metrics.
 
-
-def share(items):
-    """This process's part of a list."""
-    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
-
-
-def gather(items):
-    """The lists of all processes as one, in their order."""
-    parts = [items] * WORLD
-    if WORLD > 1:
-        torch.distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-class Learner:
-    """Float32 weights, the `master`, with their Adam moments, and the `model` in the run's dtype that plays
-    and learns: a copy, as an update of relative size 1e-6 would vanish in bfloat16. It passes its
-    gradients to the `master` as they come, and copies the weights after each update. Of several processes,
-    each trains its part of the `master` itself."""
-
-    def __init__(self, settings):
-        self.settings = s = settings
-        torch.set_num_threads(s.threads)
-        model, self.tokenizer = lm.load_pretrained(s.checkpoint) if s.checkpoint else tiny_start(s)
-        lm.ensure(self.tokenizer, f"{s.checkpoint} has no tokenizer.json: there is no text without one")
-        with lm.blaming(f"--device {s.device}"):
-            self.model = copy.deepcopy(model).to(s.device, dtype := getattr(torch, s.dtype))
-            self.master = model if WORLD > 1 else model.to(s.device)  # FSDP2 moves layer by layer
-        self.trained = model if WORLD > 1 else self.model
-        if WORLD > 1:  # FSDP2: each holds a part of all weights, gradients, moments; gradients are averaged
-            precision = MixedPrecisionPolicy(dtype, torch.float32)
-            for module in (*model.model["layers"], model):
-                fully_shard(module, mp_policy=precision, reshard_after_forward=True)
-        else:
-            for weight, low in zip(self.master.parameters(), self.model.parameters()):
-                low.register_post_accumulate_grad_hook(lambda low, weight=weight: hand_on(low, weight))
-        self.trained.recompute = s.recompute
-        self.optimizer = torch.optim.AdamW(self.master.parameters(), betas=(.9, .99), fused=True)
-
-    @torch.no_grad()
-    def refresh(self):
-        for weight, low in zip(self.master.parameters(), self.model.parameters()):
-            low.copy_(weight.full_tensor() if WORLD > 1 else weight)
-
-    def update(self, learning_rate):
-        """A step of AdamW on the gradients; returns their norm. Where that is not finite, nothing changes."""
-        norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip)
-        norm = getattr(norm, "full_tensor", lambda: norm)().item()  # a DTensor, if there is any gradient
-        if np.isfinite(norm):
-            self.optimizer.param_groups[0]["lr"] = float(learning_rate)
-            self.optimizer.step()
-            self.refresh()
-        self.optimizer.zero_grad()
-        return norm
-
-    def state(self):
-        """(weights, moments), whole, on the CPU: of all processes the first has them. No moments before the
-        first update: get_state_dict would make them by a step on no gradient, which counts."""
-        return get_state_dict(self.master, self.optimizer if self.optimizer.state else (),
-                              options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def load(self, weights, moments):
-        set_state_dict(self.master, self.optimizer if moments else (), model_state_dict=weights,
-            optim_state_dict=moments, options=StateDictOptions(True, broadcast_from_rank0=WORLD > 1))
-        self.refresh()
-
-    def agent(self, instructions, model=None):
-        """The policy of the model, which reads these instructions before every state."""
-        s = self.settings
-        n = s.max_new_tokens or (256 if s.think else 16)
-        return lm.LanguageAgent(model or self.model, self.tokenizer, instructions, s.temperature, n, s.think)
-
-
-def hand_on(low, weight):
-    """Add the gradient of a parameter of the model to that of its float32 weight, and free it."""
-    weight.grad = low.grad.float() if weight.grad is None else weight.grad.add_(low.grad)
-    low.grad = None
-
-
-def tiny_start(settings):
-    """A new tiny model and its tokenizer, whose words are the game's."""
-    texts = ["P _ O G\n_ \nP \nO \nG ", *(f"<action>{word}</action>" for word in frozenlake.ACTIONS)]
-    for name, s in SCENARIOS.items():
-        texts.append(settings.lake(frozenlake.random_map(s.size, 1, generator()), scenario=name).instructions)
-    tokenizer = lm.tiny_tokenizer(texts, "</action>")
-    torch.manual_seed(settings.seed)
-    model = lm.Transformer(lm.Config(
-        "llama", tokenizer.size, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, rope_theta=1e2, tie_word_embeddings=True))
-    # A tied head wants embeddings small, but what a layer adds must not drown them, as with .02.
-    torch.nn.init.normal_(model.model["embed_tokens"].weight, std=.2)
-    return model, tokenizer
-
-
-def warm_up(agent, learner):
-    """For want of pretraining: next-token prediction on states of training maps, answered *uniformly at
-    random*. It teaches to read and to speak, not to play: `evaluate` then measures both."""
+    player plays, trainee has the weights that are trained. failed: up to 256 maps to return to, kept
+    up to date here. The metric `success` is of newly drawn maps alone.
+    """
+    began = time.perf_counter()
     s = learner.settings
-    for i in range(s.warmup_steps):
-        rng, steps = generator(s.seed, i), []
-        for _ in range(64):
-            lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], rng))
-            lake.state = int(rng.choice([state for state, tile in enumerate(lake.tiles) if tile in "SF"]))
-            answer = learner.tokenizer.encode(f"<action>{rng.choice(frozenlake.ACTIONS)}</action>")
-            text = (*agent.encode(lake.observation()), *answer)
-            steps.append(msgrpo.Step(text[:1], text[1:]))
-        (-agent.score(steps)[0].mean()).backward()
-        learner.update(3e-3 * min(1, (i + 1) / 10, 2 * (1 - i / s.warmup_steps)))
+    rng = generator(s.seed, iteration, 0)
+
+    # 1. Play groups of episodes, each group on one map
+    maps, replayed = choose_maps(s, failed, rng)
+    games = [
+        s.lake(desc, s.seed, iteration, group, episode)
+        for group, desc in enumerate(maps)
+        for episode in range(s.group_size)
+    ]
+    player.refresh()
+    episodes, rollout_gap = play_all(player, games, s)
+    success = np.array([episode[-1].success for episode in episodes])
+    success = success.reshape(s.groups, s.group_size)
+
+    # 2. Returns
+    returns = msgrpo.episode_returns(episodes).view(s.groups, s.group_size)
+
+    # 3. Advantages in the group
+    advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
+
+    # 4. Each step is paid its episode's advantage
+    msgrpo.assign_credit(episodes, advantages, s.gamma)
+
+    # 5. Draw the episodes to train on
+    count = max(1, round(s.keep * len(episodes)))
+    drawn = msgrpo.draw_episodes(advantages, s.sampling, count, rng)
+    drawn = explore(drawn, success, s, rng)
+
+    # 6. Ascend the clipped objective
+    rate = learning_rate(s, iteration)
+    updates = learn(trainee, learner, episodes, advantages, drawn, rate)
+
+    failed += [desc for desc, won in zip(maps, success.all(1)) if not won]
+    del failed[:-256]
+    metrics = summarize(episodes, returns, success, replayed, updates)
+    metrics["iteration"] = iteration
+    metrics["learning_rate"] = rate
+    metrics["rollout_gap"] = rollout_gap
+    metrics["drawn_episodes"] = len(drawn)
+    tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
+    metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
+    return metrics
+
+
+def choose_maps(s, failed, rng):
+    """A map for each group, and how many of them are replayed.
+
+    Ours: up to `replay` of the groups return to maps of `failed`, which loses them. They come first.
+    """
+    replayed = min(len(failed), round(s.replay * s.groups))
+    maps = [failed.pop(rng.integers(len(failed))) for _ in range(replayed)]
+    while len(maps) < s.groups:
+        maps.append(frozenlake.draw_map(SCENARIOS[s.scenario], rng))
+    return maps, replayed
+
+
+def play_all(player, games, s):
+    """The games' episodes, of which each process plays its share.
+
+    Also the mean gap between the log-probabilities of sampling and of training. In float32 both are
+    the same numbers, and it is None.
+    """
+    mine = msgrpo.play(player, share(games))
+    if s.dtype == "float32":
+        return gather(mine), None
+    gap = msgrpo.rescore(player, mine, s.micro_batch_tokens)
+    return gather(mine), np.mean(gather([gap]))
+
+
+def explore(drawn, success, s, rng):
+    """Ours: add up to `explore` episodes of groups that never succeeded, for the entropy bonus."""
+    failed_groups = ~success.any(1)
+    candidates = np.flatnonzero(np.repeat(failed_groups, s.group_size))
+    added = rng.permutation(candidates)[: s.explore]
+    return sorted({*drawn, *added.tolist()})
+
+
+def learning_rate(s, iteration):
+    """Ours: a ramp of ten iterations, then a straight line down to `final_rate` of the peak."""
+    times = [0, 10, max(11, s.iterations)]
+    return s.learning_rate * np.interp(iteration, times, [0, 1, s.final_rate])
+
+
+def learn(trainee, learner, episodes, advantages, drawn, rate):
+    """Optimiser steps on the drawn episodes, about `update_episodes` a step; returns a dict per step.
+
+    Ours: the steps end where the policy is further than `max_gap` from the one that played.
+    """
+    s = learner.settings
+    if not drawn:
+        return []
+    updates = []
+    for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))):
+        if not s.entropy_coef and not advantages[part].any():
+            continue  # nothing to learn from
+        update = accumulate_gradient(trainee, [episodes[i] for i in part], s)
+        if update["logprob_gap"] > s.max_gap:
+            learner.optimizer.zero_grad()
+            break
+        update["grad_norm"] = learner.update(rate)
+        update["trained"] = int((advantages[part] != 0).sum())
+        updates.append(update)
+    return updates
 
 
 def evaluate(learner, name, greedy=True):
-    """Success on held-out maps, a random player's and the optimal one's: printed, and returned as a dict.
-    4x4 without slipping: each held-out map once, so greedy figures are exact; `success` weights a map by its
-    probability. Else the same `eval_episodes` episodes every time; with half of Wilson's 95 % interval."""
-    s, scenario, rng = learner.settings, SCENARIOS[name], generator(0)
-    exact, n = scenario.size == 4 and scenario.success_rate == 1, s.eval_episodes
-    maps, weights = frozenlake.held_out_maps(scenario) if exact else (
-        [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(n)], np.full(n, 1 / n))
+    """Success on held-out maps beside a random player's and the optimal one's: printed and returned.
+
+    4x4 without slipping: each held-out map once, so that greedy figures are exact; `success` weights
+    a map by its probability. Otherwise the same `eval_episodes` episodes every time, with half of
+    Wilson's 95 % interval.
+    """
+    s = learner.settings
+    scenario = SCENARIOS[name]
+    maps, weights, exact = evaluation_maps(scenario, s.eval_episodes)
     lakes = [s.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
-    episodes = gather(msgrpo.play(learner.agent(lakes[0].instructions), share(lakes), greedy))
+    player = learner.player(lakes[0].instructions)
+    episodes = gather(msgrpo.play(player, share(lakes), greedy))
     success = np.array([episode[-1].success for episode in episodes], float)
-    mean, valid = float(weights @ success), [step.valid for episode in episodes for step in episode]
-    optimal, uniform = (weights @ np.array([lake.success_bounds() for lake in lakes])).tolist()
-    z = 3.84 * float(weights @ weights)
-    half = 0.0 if exact and greedy else (mean * (1 - mean) * z + z * z / 4) ** .5 / (1 + z)
-    figures = {"success": mean, "half_interval": half, "unweighted": float(success.mean()), "random": uniform,
-               "optimal": optimal, "valid": sum(valid) / len(valid), "episodes": len(maps)}
+    valid = [step.valid for episode in episodes for step in episode]
+    bounds = np.array([lake.success_bounds() for lake in lakes])  # (maps, 2)
+    optimal, uniform = (weights @ bounds).tolist()
+    mean = float(weights @ success)
+    figures = {
+        "success": mean,
+        "half_interval": 0.0 if exact and greedy else half_interval(mean, weights),
+        "unweighted": float(success.mean()),
+        "random": uniform,
+        "optimal": optimal,
+        "valid": sum(valid) / len(valid),
+        "episodes": len(maps),
+    }
     print(f"{name:12s}", *(f"{key} {value:<6.4g}" for key, value in figures.items()), flush=True)
     return figures
 
 
-def iterate(agent, trainee, learner, iteration, failed):
-    """Play, compare, draw and learn once, the steps 1 to 6 of msgrpo.py; returns the iteration's metrics.
-    agent plays, trainee has the weights that are trained; failed: up to 256 maps to return to, kept up to
-    date here. A group whose episodes are all alike teaches nothing; so `replay` of the groups return to maps
-    not yet solved. The metric `success` is of newly drawn maps alone."""
-    began, s, rng = time.perf_counter(), learner.settings, generator(learner.settings.seed, iteration, 0)
-    old = min(len(failed), round(s.replay * s.groups))
-    maps = [failed.pop(rng.integers(len(failed))) for _ in range(old)]
-    maps += [frozenlake.draw_map(SCENARIOS[s.scenario], rng) for _ in range(s.groups - old)]
-    games = [s.lake(maps[i], s.seed, iteration, i, j) for i in range(s.groups) for j in range(s.group_size)]
-    agent.refresh()
-    mine, low = msgrpo.play(agent, share(games)), s.dtype != "float32"
-    gap = np.mean(gather([msgrpo.rescore(agent, mine, s.micro_batch_tokens)])) if low else None
-    episodes = gather(mine)
-    returns = torch.tensor([sum(step.reward for step in episode) for episode in episodes]).view(s.groups, -1)
-    success = np.array([episode[-1].success for episode in episodes]).reshape(s.groups, -1)
-    advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
-    msgrpo.assign_credit(episodes, advantages, s.gamma)
-    drawn = msgrpo.draw_episodes(advantages, s.sampling, max(1, round(s.keep * len(episodes))), rng)
-    lost = np.flatnonzero(np.repeat(~success.any(1), s.group_size))
-    drawn = sorted({*drawn, *rng.permutation(lost)[:s.explore].tolist()})
-    rate = s.learning_rate * np.interp(iteration, [0, 10, max(11, s.iterations)], [0, 1, s.final_rate])
-    updates, split = [], np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))) if drawn else ()
-    for part in (x for x in split if s.entropy_coef or advantages[x].any()):  # sorted: equal states together
-        parts = gather([msgrpo.accumulate_gradient(trainee, [episodes[i] for i in part], clip=s.clip,
-            entropy_coef=s.entropy_coef, budget=s.micro_batch_tokens, share=share, world=WORLD)])
-        means = {key: sum(part[key] for part in parts) for key in parts[0]} | {"tokens": parts[0]["tokens"]}
-        if means["logprob_gap"] > s.max_gap:  # far enough from the policy that played
-            learner.optimizer.zero_grad()
-            break
-        updates.append(means | {"grad_norm": learner.update(rate), "trained": (advantages[part] != 0).sum()})
+def evaluation_maps(scenario, episodes):
+    """(held-out maps, their weights, are they all there are?): at most so many episodes."""
+    if scenario.size == 4 and scenario.success_rate == 1:
+        maps, weights = frozenlake.held_out_maps(scenario)
+        if len(maps) <= episodes:
+            return maps, weights, True
+    rng = generator(0)
+    maps = [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(episodes)]
+    return maps, np.full(episodes, 1 / episodes), False
 
-    failed[:] = (failed + [desc for desc, solved in zip(maps, success.all(1)) if not solved])[-256:]
-    steps, trained = [step for episode in episodes for step in episode], [u["tokens"] for u in updates]
-    generated = sum(len(step.response) for step in steps)
-    of_updates = {key: np.average([update[key] for update in updates], weights=trained) if updates else None
-                  for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm")}
-    return of_updates | {"generated_tokens": generated, "trained_tokens": sum(trained),
-        **{key: np.mean([getattr(step, key) for step in steps]) for key in ("valid", "truncated")},
-        "iteration": iteration, "success": success[old:].mean() if old < s.groups else None,
-        "return": returns.mean(), "steps": len(steps) / len(episodes), "updates": len(updates),
-        "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean(), "replayed_groups": old,
-        "groups_without_success": 1 - success.any(1).mean(), "drawn_episodes": len(drawn),
-        "trained_episodes": sum(u["trained"] for u in updates), "learning_rate": rate, "rollout_gap": gap,
-        "tokens_per_second": (generated + sum(trained)) / (time.perf_counter() - began)}
+
+# Below: what runs it. Processes, the learner's weights, the tiny model, saving and resuming, the
+# command line.
+
+# torchrun sets these. All processes draw the same numbers and keep the same books; they share the
+# playing, the passes of an update, and the float32 state. One process alone gets back what it gives.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share(items):
+    """This process's part of a list."""
+    return items[len(items) * RANK // WORLD : len(items) * (RANK + 1) // WORLD]
+
+
+def gather(items):
+    """The lists of all processes as one, in their order."""
+    if WORLD == 1:
+        return items
+    parts = [None] * WORLD
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def share_passes(steps, budget):
+    """This process's micro-batches, each with its weight.
+
+    All processes must make the same number of passes: one without work repeats a step, of weight 0.
+    """
+    total = sum(len(step.answer.prompt) + len(step.answer.response) for step in steps)
+    batches = msgrpo.micro_batches(steps, min(budget, total // WORLD + 1))
+    passes = [(batch, 1.0) for batch in batches[RANK::WORLD]]
+    rounds = -(-len(batches) // WORLD)
+    while len(passes) < rounds:
+        passes.append((batches[0][:1], 0.0))
+    return passes
+
+
+def accumulate_gradient(trainee, episodes, s):
+    """msgrpo.accumulate_gradient, with its passes shared by the processes."""
+    steps = [step for episode in episodes for step in episode]
+    scored = msgrpo.steps_to_score(steps, s.entropy_coef)
+    tokens = msgrpo.count_tokens(steps)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for batch, weight in share_passes(scored, s.micro_batch_tokens):
+        # The processes' gradients are averaged, not added: hence the factor
+        scale = weight * WORLD
+        sums += weight * msgrpo.backward(trainee, batch, tokens, s.clip, s.entropy_coef, scale)
+    sums = sum(gather([sums]))
+    return msgrpo.statistics(sums, tokens, msgrpo.count_tokens(scored))
+
+
+class Learner:
+    """What is trained: `master`, the float32 weights with AdamW's moments, and `model`, which uses them.
+
+    In float32 on one process both are one model. Otherwise `model` is a copy in the run's dtype: an
+    update of relative size 1e-6 would vanish in bfloat16. On one process the copy plays and learns,
+    and hands its gradients on to the master. Of several processes each holds a part of the master,
+    which learns itself (FSDP2), and the copy plays.
+    """
+
+    def __init__(self, settings, agent_class=lm.LanguageAgent):
+        s = settings
+        self.settings = s
+        self.agent_class = agent_class
+        torch.set_num_threads(s.threads)
+        if s.checkpoint:
+            model, self.tokenizer = lm.load_pretrained(s.checkpoint)
+        else:
+            model, self.tokenizer = tiny_start(s)
+        lm.ensure(
+            self.tokenizer, f"{s.checkpoint} has no tokenizer.json: there is no text without one"
+        )
+        self.dtype = getattr(torch, s.dtype)
+        with lm.blaming(f"--device {s.device}"):
+            self.place(model)
+        self.trainee_model().model.recompute = s.recompute
+        self.optimizer = torch.optim.AdamW(self.master.parameters(), betas=(0.9, 0.99), fused=True)
+
+    def place(self, model):
+        """Put the model on the device, and make the copy where one is needed."""
+        s = self.settings
+        self.master = model
+        if WORLD > 1:
+            self.model = copy.deepcopy(model).to(s.device, self.dtype)
+            shard(self.master, self.dtype)  # moves to the device, layer by layer
+            return
+        self.master.to(s.device)
+        self.model = self.master
+        if self.dtype != torch.float32:
+            self.model = copy.deepcopy(self.master).to(self.dtype)
+            for low, weight in zip(self.model.parameters(), self.master.parameters()):
+                hand_on_gradient(low, weight)
+
+    def trainee_model(self):
+        return self.master if WORLD > 1 else self.model
+
+    def player(self, instructions):
+        """The policy that plays, which reads these instructions before every state."""
+        return self.agent(self.model, instructions)
+
+    def trainee(self, instructions):
+        """The policy whose log-probabilities have gradients."""
+        return self.agent(self.trainee_model(), instructions)
+
+    def agent(self, model, instructions):
+        s = self.settings
+        tokens = s.max_new_tokens
+        if not tokens:
+            tokens = 256 if s.think else 16
+        return self.agent_class(model, self.tokenizer, instructions, s.temperature, tokens, s.think)
+
+    def update(self, rate):
+        """A step of AdamW on the gradients; returns their norm. If that is not finite, nothing changes."""
+        norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip)
+        if hasattr(norm, "full_tensor"):  # of several processes
+            norm = norm.full_tensor()
+        norm = norm.item()
+        if np.isfinite(norm):
+            self.optimizer.param_groups[0]["lr"] = float(rate)
+            self.optimizer.step()
+            self.copy_weights()
+        self.optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def copy_weights(self):
+        if self.model is self.master:
+            return
+        for low, weight in zip(self.model.parameters(), self.master.parameters()):
+            low.copy_(weight.full_tensor() if WORLD > 1 else weight)
+
+    def state(self):
+        """(weights, moments) on the CPU, by name; of several processes the first one has them."""
+        if WORLD > 1:
+            return sharded_state(self.master, self.optimizer)
+        weights = {name: weight.cpu() for name, weight in self.master.state_dict().items()}
+        moments = {}
+        for name, weight in self.master.named_parameters():
+            of_weight = self.optimizer.state.get(weight, {})
+            moments[name] = {key: value.cpu() for key, value in of_weight.items()}
+        return weights, moments
+
+    def load(self, weights, moments):
+        """Take up what `state` gave; before the first update there are no moments."""
+        if WORLD > 1:
+            load_sharded_state(self.master, self.optimizer, weights, moments)
+        else:
+            self.master.load_state_dict(weights)
+            for name, weight in self.master.named_parameters():
+                of_weight = moments.get(name, {})
+                if of_weight:
+                    on_device = {key: value.to(weight.device) for key, value in of_weight.items()}
+                    self.optimizer.state[weight] = on_device
+        self.copy_weights()
+
+
+def hand_on_gradient(low, weight):
+    """Have a parameter's gradient added to that of its float32 weight, and freed, as soon as it is there."""
+
+    def hand_on(low):
+        if weight.grad is None:
+            weight.grad = low.grad.float()
+        else:
+            weight.grad += low.grad
+        low.grad = None
+
+    low.register_post_accumulate_grad_hook(hand_on)
+
+
+def shard(model, dtype):
+    """FSDP2: each process holds a part of all weights, gradients and moments; gradients are averaged."""
+    from torch.distributed import fsdp  # here, as importing it takes a second
+
+    precision = fsdp.MixedPrecisionPolicy(dtype, torch.float32)
+    for module in (*model.model.layers, model):
+        fsdp.fully_shard(module, mp_policy=precision, reshard_after_forward=True)
+    for method in ("hidden", "token_logprobs"):
+        fsdp.register_fsdp_forward_method(model, method)
+
+
+def sharded_state(model, optimizer):
+    from torch.distributed.checkpoint import state_dict
+
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    # Without moments get_state_dict would make them, by an update without gradient, which counts.
+    optimizers = optimizer if optimizer.state else ()
+    weights, moments = state_dict.get_state_dict(model, optimizers, options=options)
+    return weights, moments.get("state", {})
+
+
+def load_sharded_state(model, optimizer, weights, moments):
+    from torch.distributed.checkpoint import state_dict
+
+    options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    group["params"] = list(moments)
+    whole = {"state": moments, "param_groups": [group]}
+    has_moments = any(moments.values())
+    state_dict.set_state_dict(
+        model,
+        optimizer if has_moments else (),
+        model_state_dict=weights,
+        optim_state_dict=whole if has_moments else {},
+        options=options,
+    )
+
+
+def tiny_start(s):
+    """A new tiny model and its tokenizer, whose words are the game's."""
+    texts = ["P _ O G\n_ \nP \nO \nG "]
+    texts += [f"<action>{word}</action>" for word in frozenlake.ACTIONS]
+    for name, scenario in SCENARIOS.items():
+        desc = frozenlake.random_map(scenario.size, 1, generator())
+        texts.append(s.lake(desc, scenario=name).instructions)
+    tokenizer = lm.tiny_tokenizer(texts, "</action>")
+    config = lm.Config(
+        "llama",
+        tokenizer.size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_theta=1e2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(s.seed)
+    model = lm.Transformer(config)
+    # A tied head wants embeddings small, but what a layer adds must not drown them, as with .02.
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.2)
+    return model, tokenizer
+
+
+def warm_up(trainee, learner):
+    """For want of pretraining: next-token prediction on states of training maps, answered at random.
+
+    It teaches to read and to speak, not to play: the answers are *uniformly random* moves.
+    """
+    s = learner.settings
+    for i in range(s.warmup_steps):
+        rng = generator(s.seed, i)
+        texts = []
+        for _ in range(64):
+            lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], rng))
+            lake.state = int(rng.choice([j for j, tile in enumerate(lake.tiles) if tile in "SF"]))
+            action = rng.choice(frozenlake.ACTIONS)
+            answer = learner.tokenizer.encode(f"<action>{action}</action>")
+            ids = (*trainee.encode(lake.observation()), *answer)
+            texts.append(msgrpo.Answer(prompt=ids[:1], response=ids[1:]))
+        logprobs, _ = trainee.score(texts)
+        (-logprobs.mean()).backward()
+        ramp = min(1, (i + 1) / 10)
+        decay = min(1, 2 * (1 - i / s.warmup_steps))
+        learner.update(3e-3 * min(ramp, decay))
+
+
+def summarize(episodes, returns, success, replayed, updates):
+    """The metrics of an iteration's episodes and updates; null where there is nothing to measure."""
+    steps = [step for episode in episodes for step in episode]
+    tokens = [update["tokens"] for update in updates]
+    metrics = {
+        "success": success[replayed:].mean() if replayed < len(success) else None,
+        "return": returns.mean(),
+        "steps": len(steps) / len(episodes),
+        "valid": np.mean([step.valid for step in steps]),
+        "truncated": np.mean([step.answer.truncated for step in steps]),
+        "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean(),
+        "groups_without_success": 1 - success.any(1).mean(),
+        "replayed_groups": replayed,
+        "generated_tokens": msgrpo.count_tokens(steps),
+        "trained_tokens": sum(tokens),
+        "trained_episodes": sum(update["trained"] for update in updates),
+        "updates": len(updates),
+    }
+    for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm"):
+        values = [update[key] for update in updates]
+        metrics[key] = np.average(values, weights=tokens) if updates else None
+    return metrics
+
+
+def half_interval(mean, weights):
+    """Half of Wilson's 95 % interval of a weighted mean of zeros and ones."""
+    z = 3.84 * float(weights @ weights)  # 1.96 ** 2 / n where all weights are 1 / n
+    return (mean * (1 - mean) * z + z * z / 4) ** 0.5 / (1 + z)
 
 
 def progress_line(m, iterations):
     """An iteration's metrics in one line that a person can follow."""
-    shown = "success return steps valid truncated entropy zero_variance_groups clip_share grad_norm updates"
-    shown = [f"{key.split('_')[0]} {np.nan if m[key] is None else m[key]:.3g}" for key in shown.split()]
+    parts = [f"{m['iteration']:4d}/{iterations}"]
+    for key in (
+        "success",
+        "return",
+        "steps",
+        "valid",
+        "truncated",
+        "entropy",
+        "grad_norm",
+        "updates",
+    ):
+        value = "-" if m[key] is None else f"{m[key]:.3g}"
+        parts.append(f"{key} {value}")
     left = m["seconds"] / m["iteration"] * (iterations - m["iteration"])
-    return (f"{m['iteration']:4d}/{iterations}  {'  '.join(shown)}  {m['tokens_per_second']:,.0f} tokens/s  "
-            f"{m['seconds']:.0f} s gone  {left:.0f} s left")
+    parts.append(f"{m['tokens_per_second']:,.0f} tokens/s")
+    parts.append(f"{m['seconds']:.0f} s gone  {left:.0f} s left")
+    return "  ".join(parts)
 
 
 def write(path, content):
-    """Put a text, or what torch.save takes, in the place of the file at path: as a whole or not at all."""
-    if RANK == 0:
-        with lm.replacing(path) as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+    """Put a text, or what torch.save takes, in the place of the file at path: whole or not at all."""
+    if RANK > 0:
+        return
+    with lm.replacing(path) as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            torch.save(content, file)
+
+
+class Interrupts:
+    """Ctrl-C ends a run after its iteration; once more ends it at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("stopping after this iteration")
 
 
 def train(learner, out):
-    """Train to the last iteration, from state.pt where there is one; evaluate, save the model and sum up."""
-    s, path, clock, stop = learner.settings, out / "state.pt", time.perf_counter(), []
-    instructions = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], generator())).instructions
-    agent, trainee = learner.agent(instructions), learner.agent(instructions, learner.trained)
-    if path.exists():
-        with lm.blaming(path):
-            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-            learner.load(*state.pop("learner"))
-    else:
+    """Train to the last iteration, from state.pt where there is one; evaluate, save the model, sum up."""
+    s = learner.settings
+    clock = time.perf_counter()
+    desc = frozenlake.draw_map(SCENARIOS[s.scenario], generator())
+    instructions = s.lake(desc).instructions
+    player = learner.player(instructions)
+    trainee = learner.trainee(instructions)
+    state = read_state(learner, out / "state.pt")
+    if state is None:
         warm_up(trainee, learner)
-        print(f"{sum(p.numel() for p in learner.master.parameters()):,} parameters; before MS-GRPO, sampled:")
-        state = {"before": evaluate(learner, "noslip", greedy=False), "failed": [], "history": []}
+        parameters = sum(p.numel() for p in learner.master.parameters())
+        print(f"{parameters:,} parameters; before MS-GRPO, sampled:")
+        before = evaluate(learner, "noslip", greedy=False)
+        state = {"before": before, "failed": [], "history": []}
     history = state["history"]  # the lines of metrics.jsonl
-    clock -= json.loads(history[-1])["seconds"] if history else 0
-    signal.signal(signal.SIGINT, lambda *_: stop.extend([  # once more stops at once
-        signal.signal(signal.SIGINT, signal.default_int_handler), print("stopping after this iteration")]))
-    for iteration in range(len(history) + 1, s.iterations + 1):
-        metrics = iterate(agent, trainee, learner, iteration, state["failed"])
-        if s.eval_every and iteration % s.eval_every == 0:
-            metrics["unseen_success"] = evaluate(learner, "noslip")["success"]
-        metrics["seconds"] = time.perf_counter() - clock
-        history.append(json.dumps(metrics, default=float) + "\n")
-        write(out / "metrics.jsonl", "".join(history))
-        print(progress_line(metrics, s.iterations), flush=True)
-        stopped = any(gather([bool(stop)]))
-        if stopped or iteration % s.checkpoint_every == 0 or iteration == s.iterations:
-            write(path, state | {"learner": learner.state()})
-        if stopped:
-            raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if history:
+        clock -= json.loads(history[-1])["seconds"]
+    with Interrupts() as interrupts:
+        for iteration in range(len(history) + 1, s.iterations + 1):
+            metrics = iterate(player, trainee, learner, iteration, state["failed"])
+            if s.eval_every and iteration % s.eval_every == 0:
+                metrics["unseen_success"] = evaluate(learner, "noslip")["success"]
+            metrics["seconds"] = time.perf_counter() - clock
+            history.append(json.dumps(metrics, default=float) + "\n")
+            write(out / "metrics.jsonl", "".join(history))
+            print(progress_line(metrics, s.iterations), flush=True)
+            stopped = any(gather([interrupts.asked]))
+            if stopped or iteration % s.checkpoint_every == 0 or iteration == s.iterations:
+                write(out / "state.pt", state | {"learner": learner.state()})
+            if stopped:
+                raise KeyboardInterrupt
+    finish(learner, out, state["before"], clock)
+
+
+def read_state(learner, path):
+    """Take up a state.pt; returns what else it holds, None where there is no file."""
+    if not path.exists():
+        return None
+    with lm.blaming(path):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        learner.load(*state.pop("learner"))
+    return state
+
+
+def finish(learner, out, before, clock):
+    """Save the model, evaluate it, sum up, and show a game."""
     weights, _ = learner.state()
     if RANK == 0:
         lm.save_pretrained(out / "model", learner.master, learner.tokenizer, weights)
-    unseen = (scenarios := evaluate_all(learner))["noslip"]
-    write(out / "summary.json", json.dumps({
-        "unseen_success": unseen["success"], "unseen_success_unweighted": unseen["unweighted"],
-        "random_success": unseen["random"], "optimal_success": unseen["optimal"], "scenarios": scenarios,
-        "before": state["before"], "seed": s.seed, "seconds": time.perf_counter() - clock}))
+    scenarios = evaluate_all(learner)
+    unseen = scenarios["noslip"]
+    summary = {
+        "unseen_success": unseen["success"],
+        "unseen_success_unweighted": unseen["unweighted"],
+        "random_success": unseen["random"],
+        "optimal_success": unseen["optimal"],
+        "scenarios": scenarios,
+        "before": before,
+        "seed": learner.settings.seed,
+        "seconds": time.perf_counter() - clock,
+    }
+    write(out / "summary.json", json.dumps(summary))
     play_one(learner)
-    print(f"{time.perf_counter() - clock:.0f} s; see {out / 'summary.json'}, the model is in {out / 'model'}")
+    seconds = f"{summary['seconds']:.0f} s"
+    print(f"{seconds}; see {out / 'summary.json'}, the model is in {out / 'model'}")
 
 
-def evaluate_all(learner, *_):
+def evaluate_all(learner):
     """Evaluate every scenario, greedily: {scenario: figures}."""
     return {name: evaluate(learner, name) for name in SCENARIOS}
 
 
-def play_one(learner, *_):
+def play_one(learner):
     """Show one greedy episode on a held-out map, chosen by the seed, move by move."""
     s = learner.settings
-    lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], generator(s.seed), held_out=True), s.seed, 0)
-    agent = learner.agent(lake.instructions)
+    rng = generator(s.seed)
+    lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], rng, held_out=True), s.seed, 0)
+    player = learner.player(lake.instructions)
     print(f"\n{lake.instructions}\n")
-    for step in msgrpo.play(agent, [lake], greedy=True)[0]:
-        print(f"{agent.decode(step.prompt)}{step.text}{'' if step.valid else '  (invalid: no move)'}\n")
-    print(f"{lake.observation()}\n{'reached' if lake.success else 'missed'} the goal in {lake.steps} steps\n")
+    for step in msgrpo.play(player, [lake], greedy=True)[0]:
+        remark = "" if step.valid else "  (invalid: no move)"
+        print(f"{player.decode(step.answer.prompt)}{step.answer.text}{remark}\n")
+    outcome = "reached" if lake.success else "missed"
+    print(f"{lake.observation()}\n{outcome} the goal in {lake.steps} steps\n")
 
 
-MODES = {"checkpoint": "start a run from a pretrained model or another run's", "resume": "go on with a run",
-         "eval": "evaluate a run or a model", "play": "watch a run or a model play a map that --seed chooses"}
+def check_settings(settings):
+    """Raises ValueError, with the flag, where a value has the wrong type or is out of its range."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        flag = f"--{f.name.replace('_', '-')} {value}"
+        kinds = (int, float) if f.type is float else (f.type,)
+        lm.ensure(type(value) in kinds, f"{flag} is not of type {f.type.__name__}")
+        low, high = f.metadata["range"]
+        choices = f.metadata["choices"]
+        if choices:
+            lm.ensure(value in choices, f"{flag} is not among {', '.join(choices)}")
+        elif f.type in (int, float):
+            lm.ensure(low <= value <= high, f"{flag} is not in [{low}, {high}]")
+
+
+MODES = {
+    "checkpoint": "start a run from a pretrained model or another run's",
+    "resume": "go on with a run",
+    "eval": "evaluate a run or a model",
+    "play": "watch a run or a model play a map that --seed chooses",
+}
 VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
-TAKES = {"resume": {"micro_batch_tokens", "recompute", "threads"}, "eval": VIEW | {"eval_episodes"},
-         "play": VIEW | {"seed", "scenario"}}
+TAKES = {  # the settings that may be given with a mode; all others with --tiny and --checkpoint alone
+    "resume": {"micro_batch_tokens", "recompute", "threads"},
+    "eval": VIEW | {"eval_episodes"},
+    "play": VIEW | {"seed", "scenario"},
+}
 
 
-def run(argv):
-    """One command. Raises ValueError or OSError, with a message of one line, on bad use or input."""
-    parser = argparse.ArgumentParser(None, None, __doc__, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda reason: lm.ensure(False, reason)  # in one line, like all other errors
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """In one line, as all other errors."""
+        raise ValueError(message)
+
+
+def make_parser():
+    parser = Parser(
+        description=__doc__,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     modes = parser.add_mutually_exclusive_group(required=True)
-    modes.add_argument("--tiny", action="store_const", const=".", help="train a tiny model from nothing")
+    modes.add_argument(
+        "--tiny", action="store_const", const=".", help="train a tiny model from nothing"
+    )
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", metavar="DIR", help=text)
-    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: a new one under runs/)")
-    for f in fields(Settings)[1:]:
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the run (default: a new one under runs/)"
+    )
+    group = parser
+    for f in fields(Settings):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        if f.name == "checkpoint":
+            continue  # a mode
         text = f"{f.metadata['help']} (default {f.default}, tiny {TINY.get(f.name, f.default)})"
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=text, **kind)
-    given = vars(parser.parse_args(argv))
-    mode, folder = next((mode, Path(given.pop(mode))) for mode in ("tiny", *MODES) if mode in given)
-    for name in given.keys() - TAKES.get(mode, given.keys()):
-        parser.error(f"--{mode} takes no --{name.replace('_', '-')}")
+        flag = f"--{f.name.replace('_', '-')}"
+        if f.type is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(flag, type=f.type, help=text)
+    return parser
 
-    settings, out = Settings(**TINY if mode == "tiny" else {}), given.pop("out", None)
-    if mode == "resume" or mode in TAKES and (folder / "settings.json").exists():
-        with lm.blaming(folder / "settings.json"):
-            settings = Settings(**lm.parse_json((folder / "settings.json").read_bytes()))
+
+def read_settings(folder):
+    path = folder / "settings.json"
+    with lm.blaming(path):
+        return Settings(**lm.parse_json(path.read_bytes()))
+
+
+def run(argv, agent_class):
+    """One command. Raises ValueError or OSError, with a message of one line, on bad use or input."""
+    given = vars(make_parser().parse_args(argv))
+    mode = next(mode for mode in ("tiny", *MODES) if mode in given)
+    folder = Path(given.pop(mode))
+    for name in given:
+        allowed = mode not in TAKES or name in TAKES[mode]
+        lm.ensure(allowed, f"--{mode} takes no --{name.replace('_', '-')}")
+    out = given.pop("out", None)
+    is_run = (folder / "settings.json").exists()
+    if mode == "tiny":
+        settings = Settings(**TINY)
+    elif mode == "resume" or (mode in TAKES and is_run):
+        settings = read_settings(folder)
+    else:
+        settings = Settings()
     if mode not in ("tiny", "resume"):
-        given["checkpoint"] = str(Path(folder, "model" * (folder / "settings.json").exists()).resolve())
-    learner = Learner(replace(settings, **given))  # before the folder is made: what cannot start leaves none
-    if mode in TAKES:
-        return {"resume": train, "eval": evaluate_all, "play": play_one}[mode](learner, folder)
-    out = Path(out or next(f"runs/{i:04d}" for i in range(1, 9999) if not Path(f"runs/{i:04d}").exists()))
-    lm.ensure(not (out.is_dir() and any(out.iterdir())), f"{out} is not empty: --resume it, or another --out")
-    (out := gather([out])[0]).mkdir(parents=True, exist_ok=True)
-    write(out / "settings.json", json.dumps(asdict(learner.settings), indent=2) + "\n")
-    print(f"this run is {out}; if it is stopped, go on with: python train.py --resume {out}", flush=True)
-    train(learner, out)
+        given["checkpoint"] = str((folder / "model" if is_run else folder).resolve())
+    # The learner is made before the folder: what cannot start leaves none behind
+    learner = Learner(replace(settings, **given), agent_class)
+    if mode == "resume":
+        train(learner, folder)
+    elif mode == "eval":
+        evaluate_all(learner)
+    elif mode == "play":
+        play_one(learner)
+    else:
+        train(learner, make_folder(out, learner.settings))
 
 
-def main(argv=None):
-    """The command line: 0 for success, 2 for bad use or input, 130 where it was interrupted."""
+def make_folder(out, settings):
+    """The folder of a new run, with its settings.json."""
+    if out is None:
+        number = 1
+        while Path(f"runs/{number:04d}").exists():
+            number += 1
+        out = f"runs/{number:04d}"
+    out = Path(out)
+    taken = out.is_dir() and any(out.iterdir())
+    lm.ensure(not taken, f"{out} is not empty: --resume it, or give another --out")
+    out = gather([out])[0]
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "settings.json", json.dumps(asdict(settings), indent=2) + "\n")
+    print(
+        f"this run is {out}; if it is stopped, go on with: python train.py --resume {out}",
+        flush=True,
+    )
+    return out
+
+
+def join_processes():
+    """What torchrun asks for; the first process alone speaks."""
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    default = torch.distributed.constants.default_pg_timeout
+    torch.distributed.init_process_group(timeout=4 * default)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def main(argv=None, agent_class=lm.LanguageAgent):
+    """The command line: 0 for success, 2 for bad use or input, 130 where it was interrupted.
+
+    agent_class: made and used as lm.LanguageAgent is. So a fork can change how its model is asked.
+    """
     try:
         if WORLD > 1:
-            if DEVICE == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group(timeout=4 * torch.distributed.constants.default_pg_timeout)
-            sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # the first process alone speaks
-        run(argv)
+            join_processes()
+        run(argv, agent_class)
         return 0
-    except (RuntimeError, MemoryError) as caught:
-        if not lm.out_of_memory(caught):
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not lm.out_of_memory(error):
             raise
-        error = "out of memory: lower --micro-batch-tokens, --groups, --eval-episodes; see results/memory.py"
-    except (ValueError, OSError, KeyboardInterrupt) as caught:
-        error = str(caught) or "interrupted"
-    print(f"train.py: {error}", file=sys.stderr)
-    return 130 if error == "interrupted" else 2
+        advice = "lower --micro-batch-tokens, --groups, --eval-episodes; see results/memory.py"
+        print(f"train.py: out of memory: {advice}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
