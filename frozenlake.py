@@ -252,10 +252,17 @@ class FrozenLake:
         """phi: the current state as text, and nothing of the past."""
         return render(self.tiles, self.columns, self.state, self.coordinates)
 
-    def success_bounds(self):
-        """Probability of the goal within max_steps: (of the optimal player, of a uniformly random one).
+    # Below: what evaluation compares with.
 
-        Value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
+    def baselines(self):
+        """Probability of the goal within max_steps of players who do not learn: {player: probability}.
+
+        random   any move, uniformly
+        reflex1  down where the cell below can be walked on, else right
+        reflex2  the same, where one can walk on from there by one more move down or right
+        optimal  the best there is
+
+        By value iteration: V(s) <- sum_a pi(a|s) sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
         """
         states = len(self.tiles)
         kernel = np.zeros((4, states, states))  # (action, state, next state)
@@ -264,10 +271,36 @@ class FrozenLake:
                 kernel[action, state, target] += probability
         goal = np.array([tile == "G" for tile in self.tiles], float)
         alive = np.array([tile in "SF" for tile in self.tiles], float)
-        optimal = np.zeros(states)
-        uniform = np.zeros(states)
-        for _ in range(self.max_steps):
-            optimal = (kernel @ (goal + alive * optimal)).max(0)
-            uniform = (kernel @ (goal + alive * uniform)).mean(0)
-        start = self.tiles.index("S")
-        return float(optimal[start]), float(uniform[start])
+        every = np.arange(states)
+        chosen = {
+            "random": lambda of_actions: of_actions.mean(0),
+            "reflex1": lambda of_actions: of_actions[self.reflex(sight=1), every],
+            "reflex2": lambda of_actions: of_actions[self.reflex(sight=2), every],
+            "optimal": lambda of_actions: of_actions.max(0),
+        }
+        probabilities = {}
+        for player, choose in chosen.items():
+            values = np.zeros(states)
+            for _ in range(self.max_steps):
+                values = choose(kernel @ (goal + alive * values))
+            probabilities[player] = float(values[self.tiles.index("S")])
+        return probabilities
+
+    def reflex(self, sight):
+        """The action of each state: down where `sight` cells from there can be walked, else right."""
+        actions = []
+        for state in range(len(self.tiles)):
+            row, column = divmod(state, self.columns)
+            goes_down = self.walkable(row + 1, column, sight)
+            actions.append(ACTIONS.index("down" if goes_down else "right"))
+        return actions
+
+    def walkable(self, row, column, sight):
+        """Is this cell no hole, and can one move on from it, down or right, over `sight` cells in all?"""
+        inside = row < self.rows and column < self.columns
+        if not inside or self.tiles[row * self.columns + column] == "H":
+            return False
+        if sight == 1 or self.tiles[row * self.columns + column] == "G":
+            return True
+        below = self.walkable(row + 1, column, sight - 1)
+        return below or self.walkable(row, column + 1, sight - 1)

@@ -94,11 +94,12 @@ class Step:
     credit: float = 0.0  # what each token of the response is paid
 
 
-def play(policy, games, greedy=False):
+def play(policy, games, greedy=False, after_round=None):
     """Play games to their ends in lockstep; returns the episode of each.
 
     Each round answers all live games as one batch; a game that is done leaves it. The samples of an
     episode come from its game's own generator: they do not depend on what else is played.
+    after_round(done, total): called with the numbers of games; for a progress line, or to stop.
     """
     episodes = [[] for _ in games]
     live = list(range(len(games)))
@@ -112,6 +113,8 @@ def play(policy, games, greedy=False):
             reward, done, valid = games[i].step(answer.text)
             episodes[i].append(Step(answer, reward, done, valid, games[i].success))
         live = [i for i in live if not episodes[i][-1].done]
+        if after_round:
+            after_round(len(games) - len(live), len(games))
     return episodes
 
 
