@@ -40,72 +40,6 @@ SCENARIOS = {  # the first three are the later public configuration of the paper
 }
 
 
-def solvable(desc):
-    """Can the goal be reached from the start, top left, without entering a hole?"""
-    size = len(desc)
-    frontier = [(0, 0)]
-    seen = {(0, 0)}
-    while frontier:
-        row, column = frontier.pop()
-        if desc[row][column] == "G":
-            return True
-        for down, right in MOVES:
-            place = (row + down, column + right)
-            inside = 0 <= place[0] < size and 0 <= place[1] < size
-            if inside and place not in seen and desc[place[0]][place[1]] != "H":
-                seen.add(place)
-                frontier.append(place)
-    return False
-
-
-def random_map(size, p, rng):
-    """A solvable size x size map; every tile but the corners is frozen with probability p.
-
-    rng: a numpy Generator. Raises ValueError where no such map can be drawn: Gymnasium's generator
-    would search for ever.
-    """
-    if size < 2 or not 0 < p <= 1:
-        raise ValueError(f"a random map needs size >= 2 and 0 < p <= 1, not size {size} and p {p}")
-    for _ in range(100_000):
-        tiles = np.where(rng.random((size, size)) < p, "F", "H")
-        tiles[0, 0] = "S"
-        tiles[-1, -1] = "G"
-        desc = ["".join(row) for row in tiles]
-        if solvable(desc):
-            return desc
-    raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
-
-
-def is_held_out(desc):
-    """Is this map reserved for evaluation? An eighth of all maps is, by a hash.
-
-    Another seed would not do: only 3,828 maps of 4x4 are solvable, and the likely ones repeat.
-    """
-    return hashlib.sha256("\n".join(desc).encode()).digest()[0] % 8 == 0
-
-
-def draw_map(scenario, rng, held_out=False):
-    """A random map of the scenario, from the training maps or from the held-out ones."""
-    while True:
-        desc = random_map(scenario.size, scenario.p, rng)
-        if is_held_out(desc) == held_out:
-            return desc
-
-
-@functools.cache
-def held_out_maps(scenario):
-    """Every held-out map of a 4x4 scenario, and each one's share of the generator's probability."""
-    maps = []
-    for inner in itertools.product("FH", repeat=14):
-        tiles = "S" + "".join(inner) + "G"
-        desc = [tiles[i : i + 4] for i in range(0, 16, 4)]
-        if is_held_out(desc) and solvable(desc):
-            maps.append(desc)
-    holes = np.array(["".join(desc).count("H") for desc in maps])
-    weights = scenario.p ** (14 - holes) * (1 - scenario.p) ** holes
-    return maps, weights / weights.sum()
-
-
 def parse_action(text):
     """psi: the action between the last <action> and its </action>; None where the text is invalid.
 
@@ -252,55 +186,124 @@ class FrozenLake:
         """phi: the current state as text, and nothing of the past."""
         return render(self.tiles, self.columns, self.state, self.coordinates)
 
-    # Below: what evaluation compares with.
 
-    def baselines(self):
-        """Probability of the goal within max_steps of players who do not learn: {player: probability}.
+# Below: how maps are drawn and held out, and what evaluation compares with.
 
-        random   any move, uniformly
-        reflex1  down where the cell below can be walked on, else right
-        reflex2  the same, where one can walk on from there by one more move down or right
-        optimal  the best there is
 
-        By value iteration: V(s) <- sum_a pi(a|s) sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
-        """
-        states = len(self.tiles)
-        kernel = np.zeros((4, states, states))  # (action, state, next state)
-        for action, state in np.ndindex(4, states):
-            for probability, target, _, _ in self.transitions(state, action):
-                kernel[action, state, target] += probability
-        goal = np.array([tile == "G" for tile in self.tiles], float)
-        alive = np.array([tile in "SF" for tile in self.tiles], float)
-        every = np.arange(states)
-        chosen = {
-            "random": lambda of_actions: of_actions.mean(0),
-            "reflex1": lambda of_actions: of_actions[self.reflex(sight=1), every],
-            "reflex2": lambda of_actions: of_actions[self.reflex(sight=2), every],
-            "optimal": lambda of_actions: of_actions.max(0),
-        }
-        probabilities = {}
-        for player, choose in chosen.items():
-            values = np.zeros(states)
-            for _ in range(self.max_steps):
-                values = choose(kernel @ (goal + alive * values))
-            probabilities[player] = float(values[self.tiles.index("S")])
-        return probabilities
-
-    def reflex(self, sight):
-        """The action of each state: down where `sight` cells from there can be walked, else right."""
-        actions = []
-        for state in range(len(self.tiles)):
-            row, column = divmod(state, self.columns)
-            goes_down = self.walkable(row + 1, column, sight)
-            actions.append(ACTIONS.index("down" if goes_down else "right"))
-        return actions
-
-    def walkable(self, row, column, sight):
-        """Is this cell no hole, and can one move on from it, down or right, over `sight` cells in all?"""
-        inside = row < self.rows and column < self.columns
-        if not inside or self.tiles[row * self.columns + column] == "H":
-            return False
-        if sight == 1 or self.tiles[row * self.columns + column] == "G":
+def solvable(desc):
+    """Can the goal be reached from the start, top left, without entering a hole?"""
+    size = len(desc)
+    frontier = [(0, 0)]
+    seen = {(0, 0)}
+    while frontier:
+        row, column = frontier.pop()
+        if desc[row][column] == "G":
             return True
-        below = self.walkable(row + 1, column, sight - 1)
-        return below or self.walkable(row, column + 1, sight - 1)
+        for down, right in MOVES:
+            place = (row + down, column + right)
+            inside = 0 <= place[0] < size and 0 <= place[1] < size
+            if inside and place not in seen and desc[place[0]][place[1]] != "H":
+                seen.add(place)
+                frontier.append(place)
+    return False
+
+
+def random_map(size, p, rng):
+    """A solvable size x size map; every tile but the corners is frozen with probability p.
+
+    rng: a numpy Generator. Raises ValueError where no such map can be drawn: Gymnasium's generator
+    would search for ever.
+    """
+    if size < 2 or not 0 < p <= 1:
+        raise ValueError(f"a random map needs size >= 2 and 0 < p <= 1, not size {size} and p {p}")
+    for _ in range(100_000):
+        tiles = np.where(rng.random((size, size)) < p, "F", "H")
+        tiles[0, 0] = "S"
+        tiles[-1, -1] = "G"
+        desc = ["".join(row) for row in tiles]
+        if solvable(desc):
+            return desc
+    raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
+
+
+def is_held_out(desc):
+    """Is this map reserved for evaluation? An eighth of all maps is, by a hash.
+
+    Another seed would not do: only 3,828 maps of 4x4 are solvable, and the likely ones repeat.
+    """
+    return hashlib.sha256("\n".join(desc).encode()).digest()[0] % 8 == 0
+
+
+def draw_map(scenario, rng, held_out=False):
+    """A random map of the scenario, from the training maps or from the held-out ones."""
+    while True:
+        desc = random_map(scenario.size, scenario.p, rng)
+        if is_held_out(desc) == held_out:
+            return desc
+
+
+@functools.cache
+def held_out_maps(scenario):
+    """Every held-out map of a 4x4 scenario, and each one's share of the generator's probability."""
+    maps = []
+    for inner in itertools.product("FH", repeat=14):
+        tiles = "S" + "".join(inner) + "G"
+        desc = [tiles[i : i + 4] for i in range(0, 16, 4)]
+        if is_held_out(desc) and solvable(desc):
+            maps.append(desc)
+    holes = np.array(["".join(desc).count("H") for desc in maps])
+    weights = scenario.p ** (14 - holes) * (1 - scenario.p) ** holes
+    return maps, weights / weights.sum()
+
+
+def baselines(lake):
+    """Probability of the goal within max_steps of players who do not learn: {player: probability}.
+
+    random   any move, uniformly
+    reflex1  down where the cell below can be walked on, else right
+    reflex2  the same, where one can walk on from there by one more move down or right
+    optimal  the best there is
+
+    By value iteration: V(s) <- sum_a pi(a|s) sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
+    """
+    states = len(lake.tiles)
+    kernel = np.zeros((4, states, states))  # (action, state, next state)
+    for action, state in np.ndindex(4, states):
+        for probability, target, _, _ in lake.transitions(state, action):
+            kernel[action, state, target] += probability
+    goal = np.array([tile == "G" for tile in lake.tiles], float)
+    alive = np.array([tile in "SF" for tile in lake.tiles], float)
+    every = np.arange(states)
+    moves = {sight: reflex(lake, sight) for sight in (1, 2)}
+    values = {player: np.zeros(states) for player in ("random", "reflex1", "reflex2", "optimal")}
+    for _ in range(lake.max_steps):
+        of_actions = {
+            name: kernel @ (goal + alive * of_states) for name, of_states in values.items()
+        }
+        values["random"] = of_actions["random"].mean(0)
+        values["reflex1"] = of_actions["reflex1"][moves[1], every]
+        values["reflex2"] = of_actions["reflex2"][moves[2], every]
+        values["optimal"] = of_actions["optimal"].max(0)
+    start = lake.tiles.index("S")
+    return {name: float(of_states[start]) for name, of_states in values.items()}
+
+
+def reflex(lake, sight):
+    """The action of each state: down where `sight` cells from there can be walked, else right."""
+    actions = []
+    for state in range(len(lake.tiles)):
+        row, column = divmod(state, lake.columns)
+        goes_down = walkable(lake, row + 1, column, sight)
+        actions.append(ACTIONS.index("down" if goes_down else "right"))
+    return actions
+
+
+def walkable(lake, row, column, sight):
+    """Can one walk on this cell, and on from it, down or right, over `sight` cells in all?"""
+    if row == lake.rows or column == lake.columns:
+        return False
+    tile = lake.tiles[row * lake.columns + column]
+    if tile == "H" or tile == "G" or sight == 1:
+        return tile != "H"
+    below = walkable(lake, row + 1, column, sight - 1)
+    return below or walkable(lake, row, column + 1, sight - 1)

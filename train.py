@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 # Threads that wait by spinning take the time of those they wait for: beside other work, a run of
@@ -45,7 +45,7 @@ BFLOAT16_IS_FAST = DEVICE == "cuda" or torch.cpu._is_amx_tile_supported()
 DTYPE = "bfloat16" if BFLOAT16_IS_FAST else "float32"
 
 
-def setting(default, text, low=0, high=1e18, choices=()):
+def setting(default, text, low=0, high=1e18, choices=None):
     return field(default=default, metadata={"help": text, "range": (low, high), "choices": choices})
 
 
@@ -98,9 +98,6 @@ class Settings:
     threads: int = setting(torch.get_num_threads(), "of the CPU; sums depend on it", 1, 4096)
     micro_batch_tokens: int = setting(16384, "tokens of one pass of an update, about", 1)
     recompute: bool = setting(False, "keep no activations: less memory, more time")
-
-    def __post_init__(self):
-        check_settings(self)
 
     def lake(self, desc, *key, scenario=None):
         """The game on one map, with this run's text and rewards; its random numbers follow from the key.
@@ -284,7 +281,7 @@ def evaluate(learner, name, greedy=True, episodes=None):
         "valid": sum(valid) / len(valid),
         "episodes": len(maps),
     }
-    baselines = [lake.baselines() for lake in lakes]
+    baselines = [frozenlake.baselines(lake) for lake in lakes]
     for player in baselines[0]:
         figures[player] = float(weights @ [of_lake[player] for of_lake in baselines])
     say(f"{name:12s}", *(f"{key} {value:<6.3g}" for key, value in figures.items()))
@@ -522,26 +519,23 @@ class Learner:
             low.copy_(weight.full_tensor() if WORLD > 1 else weight)
 
     def state(self):
-        """Weights and moments on the CPU, by name; of several processes the first one has them."""
-        if WORLD > 1:
-            return sharded_state(self.master, self.optimizer)
-        weights = {name: weight.cpu() for name, weight in self.master.state_dict().items()}
-        moments = {}
-        for name, weight in self.master.named_parameters():
-            of_weight = self.optimizer.state.get(weight, {})
-            moments[name] = {key: value.cpu() for key, value in of_weight.items()}
+        """Weights and moments, whole and on the CPU; of several processes the first one has them."""
+        from torch.distributed.checkpoint import state_dict  # here, as importing it takes a second
+
+        options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        # Before the first update torch would make moments, by an update that counts
+        optimizer = self.optimizer if self.optimizer.state else ()
+        weights, moments = state_dict.get_state_dict(self.master, optimizer, options=options)
         return {"weights": weights, "moments": moments}
 
     def load_moments(self, moments):
         """Take up what `state` gave; before the first update there are none."""
-        if not any(moments.values()):
-            return
-        if WORLD > 1:
-            load_sharded_moments(self.master, self.optimizer, moments)
-            return
-        for name, weight in self.master.named_parameters():
-            of_weight = moments[name].items()
-            self.optimizer.state[weight] = {key: x.to(weight.device) for key, x in of_weight}
+        from torch.distributed.checkpoint import state_dict
+
+        if moments:
+            options = state_dict.StateDictOptions(True, broadcast_from_rank0=WORLD > 1)
+            set_moments = state_dict.set_optimizer_state_dict
+            set_moments(self.master, self.optimizer, moments, options=options)
 
 
 def hand_on_gradient(low, weight):
@@ -566,25 +560,6 @@ def shard(model, dtype):
         fsdp.fully_shard(module, mp_policy=precision, reshard_after_forward=True)
     for method in ("hidden", "token_logprobs"):
         fsdp.register_fsdp_forward_method(model, method)
-
-
-def sharded_state(model, optimizer):
-    from torch.distributed.checkpoint import state_dict
-
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    # Without moments get_state_dict would make them, by an update without gradient, which counts.
-    optimizers = optimizer if optimizer.state else ()
-    weights, moments = state_dict.get_state_dict(model, optimizers, options=options)
-    return {"weights": weights, "moments": moments.get("state", {})}
-
-
-def load_sharded_moments(model, optimizer, moments):
-    from torch.distributed.checkpoint import state_dict
-
-    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    whole = {"state": moments, "param_groups": [group | {"params": list(moments)}]}
-    options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    state_dict.set_optimizer_state_dict(model, optimizer, whole, options=options)
 
 
 def tiny_start(s):
@@ -644,11 +619,11 @@ def summarize(episodes, returns, success, replayed, tried):
     tokens = [update["tokens"] for update in updates]
     metrics = {
         "success": success[replayed:].mean() if replayed < len(success) else None,
-        "return": returns.mean(),
+        "return": returns.mean().item(),
         "steps": len(steps) / len(episodes),
         "valid": np.mean([step.valid for step in steps]),
         "truncated": np.mean([step.answer.truncated for step in steps]),
-        "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean(),
+        "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean().item(),
         "groups_without_success": 1 - success.any(1).mean(),
         "replayed_groups": replayed,
         "generated_tokens": msgrpo.count_tokens(steps),
@@ -669,19 +644,19 @@ def half_interval(mean, weights):
     return (mean * (1 - mean) * z + z * z / 4) ** 0.5 / (1 + z)
 
 
+SHORT = {"zero_variance_groups": "alike"}
 LEGEND = "success on new maps, mean return, valid answers, entropy in nats, groups all alike"
 
 
-def progress_line(m, iterations, left):
-    """An iteration's metrics in one line that a person can follow."""
-    parts = [f"{m['iteration']:4d}/{iterations}"]
-    shown = {"success": "success", "return": "return", "valid": "valid", "entropy": "entropy"}
-    for key, name in (shown | {"zero_variance_groups": "alike"}).items():
+def progress_line(m, iterations, ends):
+    """An iteration's metrics in one line that a person can follow; ends: seconds of the last ones' ends."""
+    left = (ends[-1] - ends[0]) / (len(ends) - 1) * (iterations - m["iteration"])
+    line = f"{m['iteration']:4d}/{iterations}"
+    for key in ("success", "return", "valid", "entropy", "zero_variance_groups"):
         value = "-" if m[key] is None else f"{m[key]:.3f}"
-        parts.append(f"{name} {value}")
-    parts.append(f"{m['tokens_per_second']:,.0f} tokens/s")
-    parts.append(f"{left // 60:.0f}:{left % 60:02.0f} left")
-    return "  ".join(parts)
+        line += f"  {SHORT.get(key, key)} {value}"
+    speed = f"{m['tokens_per_second']:,.0f} tokens/s"
+    return f"{line}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left"
 
 
 def write(path, content):
@@ -697,9 +672,8 @@ def write(path, content):
 
 def to_json(metrics):
     """Strict JSON: what is not finite becomes null."""
-    numbers = {key: None if value is None else float(value) for key, value in metrics.items()}
-    finite = {key: x if x is None or np.isfinite(x) else None for key, x in numbers.items()}
-    return json.dumps(finite)
+    finite = {key: x if x is None or np.isfinite(x) else None for key, x in metrics.items()}
+    return json.dumps(finite, default=float)
 
 
 def train(learner, out, state):
@@ -717,6 +691,7 @@ def train(learner, out, state):
     history = state["history"]  # the lines of metrics.jsonl
     if history:
         clock -= json.loads(history[-1])["seconds"]
+    ends = [time.perf_counter() - clock]  # of the last iterations, in seconds: for the time left
     say(LEGEND)
     with INTERRUPTS:
         for iteration in range(len(history) + 1, s.iterations + 1):
@@ -728,21 +703,14 @@ def train(learner, out, state):
             if s.eval_every and iteration % s.eval_every == 0:
                 metrics["unseen_success"] = evaluate(learner, "noslip")["success"]
             metrics["seconds"] = time.perf_counter() - clock
+            ends = [*ends[-10:], metrics["seconds"]]
             history.append(to_json(metrics) + "\n")
             write(out / "metrics.jsonl", "".join(history))
-            say(progress_line(metrics, s.iterations, time_left(history, s.iterations)))
+            say(progress_line(metrics, s.iterations, ends))
             check_learning(history)
             if iteration % s.checkpoint_every == 0 or iteration == s.iterations:
                 save_state(out, state, learner)
     finish(learner, out, state, clock)
-
-
-def time_left(history, iterations):
-    """Seconds, by the last ten iterations."""
-    recent = [json.loads(line)["seconds"] for line in history[-11:]]
-    if len(recent) == 1:
-        return recent[0] * (iterations - 1)
-    return (recent[-1] - recent[0]) / (len(recent) - 1) * (iterations - len(history))
 
 
 def check_learning(history):
@@ -760,16 +728,12 @@ def check_learning(history):
 
 
 def advice(m):
-    """Why an iteration without updates had none, and which flags help."""
+    """Why an iteration had no update, and which flags help."""
     if m["valid"] == 0:
-        return (
-            "no answer named an action, so all episodes of a group are alike. See what it says by "
-            "--play. What may help: more --max-new-tokens, --think, another --temperature"
-        )
-    return (
-        "all episodes of each group earned the same, so there is nothing to compare. What may help: "
-        "a larger --group-size, more --groups, a higher --temperature, more --max-steps"
-    )
+        reason = "no answer named an action. See what it says by --play. "
+        return reason + "Try more --max-new-tokens, --think, another --temperature"
+    reason = "all episodes of each group earned the same: there is nothing to compare. "
+    return reason + "Try a larger --group-size, more --groups, a higher --temperature, --max-steps"
 
 
 def start(learner, trainee, lake):
@@ -858,17 +822,13 @@ TAKES = {  # the settings that may be given with a mode; all others with --tiny 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """In one line, as all other errors, with the flag that may have been meant."""
-        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        flags = {flag: "".join(re.findall(r"-(\w)", flag)) for flag in self._option_string_actions}
         for word in re.findall(r"--[\w-]+", message):
-            initials = [flag for flag in flags if initials_of(flag) == word[2:]]
-            meant = initials or difflib.get_close_matches(word, flags, 1)
+            meant = [flag for flag, initials in flags.items() if initials == word[2:]]
+            meant += difflib.get_close_matches(word, flags, 1)
             if word not in flags and meant:
                 message += f": did you mean {meant[0]}?"
         raise ValueError(message)
-
-
-def initials_of(flag):
-    return "".join(word[0] for word in flag.strip("-").split("-"))
 
 
 def make_parser():
@@ -897,33 +857,32 @@ def make_parser():
         flag = f"--{f.name.replace('_', '-')}"
         if f.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif f.type is str:
+            group.add_argument(flag, choices=f.metadata["choices"], help=text)
         else:
-            choices = f.metadata["choices"]
-            metavar = "|".join(choices) if choices else f.type.__name__.upper()
-            group.add_argument(flag, type=f.type, metavar=metavar, help=text)
+            in_range = number(f.type, *f.metadata["range"])
+            group.add_argument(flag, type=in_range, metavar="X", help=text)
     return parser
 
 
-def check_settings(settings):
-    """Raises ValueError, with the flag, where a value has the wrong type or is out of its range."""
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        flag = f"--{f.name.replace('_', '-')} {value}"
-        kinds = (int, float) if f.type is float else (f.type,)
-        lm.ensure(type(value) in kinds, f"{flag} is not of type {f.type.__name__}")
-        low, high = f.metadata["range"]
-        choices = f.metadata["choices"]
-        if choices:
-            lm.ensure(value in choices, f"{flag} is not among {', '.join(choices)}")
-        elif f.type in (int, float):
-            lm.ensure(low <= value <= high, f"{flag} is not in [{low}, {high}]")
+def number(kind, low, high):
+    """A function that reads a number from low to high; inf and nan are none."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's message
+    return parse
 
 
 def run(argv, agent_class):
     """One command. Raises ValueError or OSError, with a message of one line, on bad use or input."""
     given = vars(make_parser().parse_args(argv))
     mode = next(mode for mode in ("tiny", *MODES) if mode in given)
-    folder = Path(given.pop(mode)).resolve()
+    folder = Path(given.pop(mode))
     out = given.pop("out", None)
     for name in given:
         allowed = mode not in TAKES or name in TAKES[mode]
@@ -951,11 +910,10 @@ def read_settings(mode, folder, given):
     if mode == "tiny":
         return Settings(**TINY | given)
     if mode == "checkpoint":
-        return Settings(**given, checkpoint=str(folder))
+        return Settings(**given, checkpoint=str(folder.resolve()))
     if mode == "resume" or path.exists():
         with lm.blaming(path):
-            settings = Settings(**lm.parse_json(path.read_bytes()))
-        return replace(settings, **given)
+            return Settings(**lm.parse_json(path.read_bytes()) | given)
     return Settings(**given)
 
 
