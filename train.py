@@ -460,7 +460,7 @@ class Learner:
         self.agent_class = agent_class
         self.dtype = getattr(torch, s.dtype)
         torch.set_num_threads(s.threads)
-        with lm.blaming(f"--device {s.device}"):
+        with lm.blaming(f"--device {s.device}"):  # such as cuda:9
             self.place(model)
         self.trainee_model().model.recompute = s.recompute
         self.optimizer = torch.optim.AdamW(self.master.parameters(), betas=(0.9, 0.99), fused=True)
@@ -471,7 +471,7 @@ class Learner:
         self.master = model
         if WORLD > 1:
             self.model = copy.deepcopy(model).to(s.device, self.dtype)
-            shard(self.master, self.dtype)  # moves to the device, layer by layer
+            shard(self.master, self.dtype, s.device)  # moves to the device, layer by layer
             return
         self.master.to(s.device)
         self.model = self.master
@@ -551,13 +551,14 @@ def hand_on_gradient(low, weight):
     low.register_post_accumulate_grad_hook(hand_on)
 
 
-def shard(model, dtype):
+def shard(model, dtype, device):
     """FSDP2: each process holds a part of all weights, gradients and moments; gradients are averaged."""
     from torch.distributed import fsdp  # here, as importing it takes a second
 
+    mesh = torch.distributed.device_mesh.init_device_mesh(device, (WORLD,))
     precision = fsdp.MixedPrecisionPolicy(dtype, torch.float32)
     for module in (*model.model.layers, model):
-        fsdp.fully_shard(module, mp_policy=precision, reshard_after_forward=True)
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     for method in ("hidden", "token_logprobs"):
         fsdp.register_fsdp_forward_method(model, method)
 
@@ -888,8 +889,7 @@ def run(argv, agent_class):
         allowed = mode not in TAKES or name in TAKES[mode]
         lm.ensure(allowed, f"--{mode} takes no --{name.replace('_', '-')}")
     settings = read_settings(mode, folder, given)
-    if WORLD > 1:
-        join_processes(settings.device)
+    join_processes(settings.device)
     STATUS.doing("loading the model")
     model, tokenizer, state = load_model(mode, folder, settings)
     # The learner is made before the folder: what cannot start leaves none behind
@@ -973,12 +973,20 @@ def make_folder(out, settings):
 
 
 def join_processes(device):
-    """What torchrun asks for."""
-    backend = "gloo" if device == "cpu" else "nccl"
-    if backend == "nccl":
+    """What torchrun asks for, where there are several processes, on a device that is there."""
+    kind = device.split(":")[0]
+    lm.ensure(kind in ("cpu", "cuda"), f"--device {device}: cpu, cuda and cuda:N are supported")
+    has_device = kind == "cpu" or torch.cuda.is_available()
+    lm.ensure(has_device, f"--device {device}: there is no CUDA GPU here, give --device cpu")
+    both = ("RANK" in os.environ) == ("WORLD_SIZE" in os.environ)
+    lm.ensure(both, "of RANK and WORLD_SIZE, which torchrun sets, only one is in the environment")
+    if WORLD == 1:
+        return
+    if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The default is half an hour; one process may write a large state while the others wait
     timeout = 4 * torch.distributed.constants.default_pg_timeout
+    backend = "nccl" if kind == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=timeout)
 
 
@@ -988,6 +996,8 @@ def main(argv=None, agent_class=lm.LanguageAgent):
     agent_class: made and used as lm.LanguageAgent is. So a fork can change how its model is asked.
     """
     try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
         if RANK == 0:
             STATUS.start()
         else:
