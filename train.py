@@ -409,14 +409,19 @@ class Status:
         self.text = ""
         self.more = ""
         self.since = 0.0
+        self.ended = threading.Event()
         self.is_terminal = sys.stderr.isatty()
 
-    def start(self):
+    def __enter__(self):
+        self.ended.clear()
         threading.Thread(target=self.tick, daemon=True).start()
 
+    def __exit__(self, *_):
+        self.ended.set()
+        self.doing("")
+
     def tick(self):
-        while True:
-            time.sleep(1 if self.is_terminal else 30)
+        while not self.ended.wait(1 if self.is_terminal else 30):
             if not self.text:
                 continue
             line = f"{self.text}{self.more}, {time.perf_counter() - self.since:.0f} s"
@@ -995,14 +1000,13 @@ def main(argv=None, agent_class=lm.LanguageAgent):
 
     agent_class: made and used as lm.LanguageAgent is. So a fork can change how its model is asked.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process alone speaks
     try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
-        if RANK == 0:
-            STATUS.start()
-        else:
-            sys.stdout = open(os.devnull, "w")  # the first process alone speaks
-        run(argv, agent_class)
+        with STATUS:
+            run(argv, agent_class)
         return 0
     except KeyboardInterrupt:
         return complain("interrupted", 130)
@@ -1013,13 +1017,11 @@ def main(argv=None, agent_class=lm.LanguageAgent):
             raise
         flags = "--micro-batch-tokens, or --recompute; then --groups and --eval-episodes"
         return complain(f"out of memory: lower {flags}; see results/memory.py", 2)
-    finally:
-        STATUS.doing("")
 
 
 def complain(reason, status):
-    say_error = "\r\x1b[K" if STATUS.is_terminal else ""
-    print(f"{say_error}train.py: {reason}", file=sys.stderr)
+    clear = "\r\x1b[K" if STATUS.is_terminal else ""
+    print(f"{clear}train.py: {reason}", file=sys.stderr)
     return status
 
 
