@@ -7,13 +7,13 @@ Modules bear the names of Hugging Face's state dicts, so that weights load by a 
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
 import re
+import time
 import unicodedata
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import tiktoken
@@ -287,46 +287,47 @@ class Prefix:
 
 
 class Cache:
-    """Keys and values of a batch of rows while their answers are sampled.
+    """Keys and values of a batch of answers while they are sampled.
 
     A token's slot is its position. All slots are there from the start: no shape changes from token
     to token, so a step can be captured as one graph.
     """
 
-    def __init__(self, prefix, prompts, lengths, new_tokens):
-        """prompts: one (keys, values) per layer, each (rows, groups, width, head_dim), padded on the right.
+    def __init__(self, prefix, prompts, lengths, rows, new_tokens):
+        """prompts: one (keys, values) per layer, each (prompts, groups, width, head_dim).
 
-        lengths (rows,): tokens of each prompt. A row's answer begins behind its last one: it
-        overwrites the padding before anything has seen it.
+        lengths (prompts,): their tokens, behind which they are padded. rows (answers,): the prompt
+        that each answer continues. It begins behind the prompt's last token, and overwrites the
+        padding before anything has seen it.
         """
         self.size = len(prefix) + prompts[0][0].shape[2] + new_tokens
-        self.positions = len(prefix) + lengths - 1  # (rows,) of the last token so far
-        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.positions = len(prefix) + lengths[rows] - 1  # (answers,) of the last token so far
+        self.rows = torch.arange(len(rows), device=rows.device)
         self.keys_values = [
-            (self.allocate(prefix_k, k), self.allocate(prefix_v, v))
+            (self.allocate(prefix_k, k, rows), self.allocate(prefix_v, v, rows))
             for (prefix_k, prefix_v), (k, v) in zip(prefix.keys_values, prompts)
         ]
 
-    def allocate(self, of_prefix, of_prompts):
-        rows, groups, width, head_dim = of_prompts.shape
+    def allocate(self, of_prefix, of_prompts, rows):
+        _, groups, width, head_dim = of_prompts.shape
         start = of_prefix.shape[2]
-        slots = of_prompts.new_zeros(rows, groups, self.size, head_dim)
+        slots = of_prompts.new_zeros(len(rows), groups, self.size, head_dim)
         slots[:, :, :start] = of_prefix
-        slots[:, :, start : start + width] = of_prompts
+        slots[:, :, start : start + width] = of_prompts[rows]
         return slots
 
     def slots(self, time):
         return self.size
 
     def extend(self, layer, k, v):
-        """Write the new token's k and v (rows, groups, 1, head_dim); returns those of all slots."""
+        """Write the new token's k and v (answers, groups, 1, head_dim); returns those of all slots."""
         all_k, all_v = self.keys_values[layer]
         all_k[self.rows, :, self.positions] = k[:, :, 0]
         all_v[self.rows, :, self.positions] = v[:, :, 0]
         return all_k, all_v
 
     def take(self, rows):
-        """Keep these rows, in this order."""
+        """Keep these answers, in this order."""
         self.keys_values = [(k[rows], v[rows]) for k, v in self.keys_values]
         self.positions = self.positions[rows]
         self.rows = self.rows[: len(self.positions)]
@@ -407,10 +408,16 @@ class LanguageAgent:
     def generate(self, observations, uniforms):
         """An answer to each observation; uniforms (observations, max_new_tokens), None: greedy."""
         prompts = [self.encode(state) for state in observations]
-        table, cache = self.read_prompts(prompts)
+        distinct = list(dict.fromkeys(prompts))
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
+        table, keys_values, lengths = self.read_prompts(distinct)
+        table = table[rows]  # from here on a row for each answer
+
         tokens = torch.full((len(prompts), self.max_new_tokens), -1, device=self.device)
         logprobs = torch.zeros(len(prompts), self.max_new_tokens, device=self.device)
-        alive = torch.arange(len(prompts), device=self.device)  # rows whose answers go on
+        alive = torch.arange(len(prompts), device=self.device)  # answers that go on
+        cache = None
         for t in range(self.max_new_tokens):
             if uniforms is None:
                 token = table.argmax(-1)
@@ -422,26 +429,22 @@ class LanguageAgent:
             alive = alive[going]
             if t + 1 == self.max_new_tokens or len(alive) == 0:
                 break
-            if len(alive) < len(token):
-                token = token[going]
+            if cache is None:
+                cache = Cache(self.prefix, keys_values, lengths, rows[going], self.max_new_tokens)
+            elif len(alive) < len(token):
                 cache.take(going)
-            table = self.table(self.read_token(token, cache))
+            table = self.table(self.read_token(token[going], cache))
         return self.answers(prompts, tokens.tolist(), logprobs.tolist())
 
     def read_prompts(self, prompts):
-        """Run the prompts: the table of each one's first new token, and a cache to go on from."""
-        distinct = list(dict.fromkeys(prompts))
-        x, keys_values = self.read_rows(distinct, self.prefix)
-        lengths = torch.tensor([len(prompt) for prompt in distinct], device=self.device)
-        last = x[torch.arange(len(distinct), device=self.device), lengths - 1]
-        row_of = {prompt: row for row, prompt in enumerate(distinct)}
-        rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
-        expanded = [(k[rows], v[rows]) for k, v in keys_values]  # a row for each observation
-        cache = Cache(self.prefix, expanded, lengths[rows], self.max_new_tokens)
-        return self.table(last)[rows], cache
+        """Run prompts: the table of each one's first new token, their keys and values, their lengths."""
+        x, keys_values = self.read_rows(prompts, self.prefix)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        last = x[torch.arange(len(prompts), device=self.device), lengths - 1]
+        return self.table(last), keys_values, lengths
 
     def read_token(self, token, cache):
-        """Run the next token (rows,) of each row: hidden states (rows, width)."""
+        """Run the next token (answers,) of each answer: hidden states (answers, width)."""
         cache.positions += 1
         x, _ = self.model.hidden(token[:, None], cache.positions[:, None], cache)
         return x[:, 0]
@@ -498,7 +501,8 @@ def out_of_memory(error):
 
 @contextlib.contextmanager
 def blaming(path):
-    """What the contents of the file at path do wrong inside is raised as a ValueError that names it."""
+    """What the contents of the file at path do wrong inside is raised as a ValueError that names
+    it."""
     try:
         yield
     except Exception as error:
@@ -512,8 +516,8 @@ def blaming(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file that takes path's place once it is complete and on the disk. An error leaves path as it
-    was; where the disk is full or the like, it is an OSError that names a file."""
+    """A file that takes path's place once it is complete and on the disk. An error leaves path as
+    it was; where the disk is full or the like, it is an OSError that names a file."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -566,8 +570,8 @@ SUPPORTED = {  # where a key is given, its value must be one of these
 def config_keys(data):
     """{key: value} of a config.json, in one dialect, with transformers' defaults.
 
-    transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood at the top.
-    A key with null is as good as absent.
+    transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood at the
+    top. A key with null is as good as absent.
     """
     raw = parse_json(data)
     if raw.get("model_type") == "qwen3":
@@ -588,18 +592,19 @@ def check_config(raw):
     for key, values in SUPPORTED.items():
         good = key not in raw or raw[key] in values
         ensure(good, f"{key} {raw.get(key)!r:.99} is not supported (of this key: {values})")
-    for kind in raw.get("layer_types", []):
-        ensure(kind == "full_attention", f"layer_types has {kind!r:.99}, which is not supported")
+    kinds = set(raw.get("layer_types", []))
+    ensure(kinds <= {"full_attention"}, f"layer_types {kinds!r:.99} are not supported")
     for key in SIZES + NUMBERS + LLAMA3_ROPE:
         value = raw.get(key, 1)
-        kinds = [int] if key in SIZES else [int, float]  # to isinstance, True is an int
+        kinds = (int,) if key in SIZES else (int, float)  # to isinstance, True is an int
         good = type(value) in kinds and 0 < value < 1e15
         ensure(good, f"{key} is {value!r:.99}, not a positive number that fits")
     for key in FLAGS:
         value = raw.get(key, False)
         ensure(type(value) is bool, f"{key} is {value!r:.99}, not true or false")
-    groups = raw["num_attention_heads"] % raw["num_key_value_heads"]
-    ensure(groups == 0, "num_key_value_heads does not divide num_attention_heads")
+    ensure(raw["num_hidden_layers"] <= 1000, "num_hidden_layers is above 1000")
+    rest = raw["num_attention_heads"] % raw["num_key_value_heads"]
+    ensure(rest == 0, "num_key_value_heads does not divide num_attention_heads")
     ensure(raw["head_dim"] % 2 == 0, "head_dim is odd: it cannot be rotated in halves")
 
 
@@ -617,7 +622,7 @@ def parse_config(data):
 
 
 def end_token_ids(data):
-    """The ids in a config.json's or generation_config.json's `eos_token_id`: one, a list, or none."""
+    """The ids in a config.json's or generation_config.json's eos_token_id: one, a list or none."""
     found = parse_json(data).get("eos_token_id")
     if found is None:
         return []
@@ -664,8 +669,8 @@ def read_header(file, size):
 
 
 def layout(header, start, size):
-    """{name: tensor} in the order of the file, on the meta device, which takes no memory. Raises where
-    their bytes leave a gap, overlap or do not end with the file, which has this size."""
+    """{name: tensor} in the order of the file, on the meta device, which takes no memory. Raises
+    where their bytes leave a gap, overlap or do not end with the file, which has this size."""
     tensors = {}
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -693,8 +698,8 @@ def read_tensor(file, meta):
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file. Raises ValueError, with file and reason, if it is malformed;
-    all is checked before memory is allocated."""
+    """{name: tensor} of a safetensors file. Raises ValueError, with file and reason, if it is
+    malformed; all is checked before memory is allocated."""
     with blaming(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         header, start = read_header(file, size)
@@ -709,27 +714,23 @@ def write_safetensors(path, tensors):
     end = 0
     for name in names:
         tensor = tensors[name]
-        kind = tensor.dtype
-        ensure(kind in DTYPE_NAMES, f"{path}: safetensors cannot hold {name!r:.99} of {kind}")
+        kind = DTYPE_NAMES.get(tensor.dtype)
+        ensure(kind, f"{path}: safetensors cannot hold {name!r:.99} of {tensor.dtype}")
         begin = end
         end += tensor.nbytes
-        header[name] = {
-            "dtype": DTYPE_NAMES[kind],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+        shape = list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
     with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             flat = tensors[name].detach().cpu().reshape(-1)
             file.write(flat.view(torch.uint8).numpy())
 
 
 def read_shards(index):
-    """{name: tensor} of the files that a model.safetensors.index.json names, and the names in it."""
+    """{name: tensor} of the files that model.safetensors.index.json names, and the names in it."""
     tensors = {}
     with blaming(index):
         home = parse_json(index.read_bytes())["weight_map"]
@@ -745,8 +746,8 @@ def read_shards(index):
 
 
 def read_weights(directory):
-    """{name: tensor} of model.safetensors or of its shards, and the names of those that must fit the
-    model. As with transformers, a shard may hold others, which its index does not name."""
+    """{name: tensor} of model.safetensors or of its shards, and the names of those that must fit
+    the model. As with transformers, a shard may hold others, which its index does not name."""
     whole = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
     if whole.exists():
@@ -754,8 +755,7 @@ def read_weights(directory):
         return tensors, set(tensors)
     if index.exists():
         return read_shards(index)
-    hint = "only safetensors are read; transformers' save_pretrained makes them of other weights"
-    raise ValueError(f"{directory}: neither model.safetensors nor {index.name} is there; {hint}")
+    raise ValueError(f"{directory}: model.safetensors is missing, and no other weights are read")
 
 
 # Tokenizer: how text is cut into pieces, within which bytes are merged
@@ -767,15 +767,18 @@ QWEN_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The tiny tokenizer's: a line of prose, whole, as attention to constants costs time; a tag; the first
-# cell of a line, but not behind a blank line, where a prompt falls into instructions and state; a word,
-# number or symbol with the space before it; white space.
+# The tiny tokenizer's: a line of prose, whole, as attention to constants costs time; a tag; the
+# first cell of a line, but not behind a blank line, where a prompt falls into instructions and
+# state; a word, number or symbol with the space before it; white space.
 TINY_PIECES = (
     r"[A-Z][a-z][^\n]*|</?[a-z]+>|(?<!\n)\n[A-Z_](?= )| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
 )
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-BYTE_LEVEL_ALONE = BYTE_LEVEL | {"use_regex": True}  # cuts as GPT-2 does
-BYTE_LEVEL_AFTER = BYTE_LEVEL | {"use_regex": False}  # another pre-tokenizer has cut
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": False,
+    "use_regex": False,
+}
 
 # tokenizer.json spells bytes as printable characters: these as themselves, the others, in turn, as
 # those from U+0100 on (GPT-2).
@@ -787,7 +790,7 @@ BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
 
 
 def token_bytes(name):
-    """Bytes of a token as tokenizer.json spells it; one that is not spelled so is taken as UTF-8."""
+    """Bytes of a token that tokenizer.json spells so. Another way of spelling is taken as UTF-8."""
     if all(char in BYTE_OF for char in name):
         return bytes(BYTE_OF[char] for char in name)
     return name.encode()
@@ -796,11 +799,11 @@ def token_bytes(name):
 def split_by(regex):
     """A pre-tokenizer of tokenizer.json that cuts by a regular expression."""
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL_AFTER]}
+    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
 
 
 def split_pattern(pre_tokenizer):
-    """The regular expression of the pieces into which a tokenizer.json's pre_tokenizer cuts text."""
+    """The regular expression of the pieces into which tokenizer.json's pre_tokenizer cuts text."""
     *first, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     plain = last["type"] == "ByteLevel" and last["add_prefix_space"] is False
     match plain, last.get("use_regex", True), first:
@@ -840,15 +843,15 @@ def check_bpe(bpe):
 
 
 def mergeable_tokens(bpe, rows):
-    """{bytes: id} in the order in which a tokenizer.json's merges make them, the single bytes first.
+    """{bytes: id} in the order in which a tokenizer.json's merges make them, the single bytes
+    first.
 
-    A byte that the vocabulary lacks has the id of unk_token, or None. A token that no merge makes is left
-    out, and its text stays in parts; with ignore_merges it is made where it is a whole piece. A token
-    whose id is not below `rows` is left out as well: the model has no embedding for it.
+    The id of a byte that the vocabulary lacks is None. A token that no merge makes is left out, and
+    its text stays in parts; with ignore_merges it is made where it is a whole piece. A token whose
+    id is not below `rows` is left out as well: the model has no embedding for it.
     """
     vocab = bpe["vocab"]
-    unknown = vocab.get(bpe.get("unk_token"))
-    tokens = {bytes([byte]): vocab.get(char, unknown) for char, byte in BYTE_OF.items()}
+    tokens = {bytes([byte]): vocab.get(char) for char, byte in BYTE_OF.items()}
     highest = max(i or 0 for i in tokens.values())
     ensure(highest < rows, f"{rows} embeddings are too few for this tokenizer's single bytes")
     names = []
@@ -865,25 +868,14 @@ def mergeable_tokens(bpe, rows):
     return tokens
 
 
-NOTHING = "(?!)"  # a regular expression that finds nothing
-
-
-def added_token_pattern(tokens):
-    """Finds added tokens in text, the longest first. Each has a group for its own name; lstrip and rstrip
-    take the white space beside it."""
-    parts = []
-    for token in sorted(tokens, key=lambda token: -len(token["content"])):
-        left = r"\s*" if token.get("lstrip") else ""
-        right = r"\s*" if token.get("rstrip") else ""
-        name = re.escape(token["content"])
-        if token.get("single_word"):
-            name = rf"(?<!\w){name}(?!\w)"
-        parts.append(f"{left}({name}){right}")
-    return re.compile("|".join(parts) or NOTHING)
+def any_of(names):
+    """A regular expression for any of these names, the longest first."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return "|".join(re.escape(name) for name in longest_first) or "(?!)"  # which finds nothing
 
 
 def named_tokens(settings):
-    """{"bos_token": "<s>", ...}: the tokens to which a tokenizer_config.json gives a part to play."""
+    """{"bos_token": "<s>", ...}: the tokens to which tokenizer_config.json gives a part to play."""
     named = {}
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -893,18 +885,14 @@ def named_tokens(settings):
     return named
 
 
-def first_tokens(post_processor, settings):
-    """Names of the tokens before a text that is no chat, such as BOS. As in transformers 5,
-    tokenizer_config.json's add_bos_token goes before tokenizer.json's post_processor."""
+def first_tokens(post_processor):
+    """Names of the tokens, such as BOS, that tokenizer.json's post_processor puts before a text."""
     names = []
-    if post_processor is None or "add_bos_token" in settings:
-        bos = named_tokens(settings).get("bos_token")
-        return [bos] if bos and settings.get("add_bos_token") else names
     for step in post_processor.get("processors", [post_processor]):
-        for piece in step.get("single", []):
-            if "SpecialToken" not in piece:
+        for part in step.get("single", []):
+            if "SpecialToken" not in part:
                 break
-            names.append(piece["SpecialToken"]["id"])
+            names.append(part["SpecialToken"]["id"])
     return names
 
 
@@ -920,24 +908,16 @@ def raise_exception(message):
     raise ValueError(message)
 
 
-def strftime_now(form):
-    return datetime.datetime.now().strftime(form)
-
-
-def tojson(value, **options):
-    return json.dumps(value, **{"ensure_ascii": False, **options})  # jinja2's own escapes HTML
-
-
 def compile_template(text):
-    """A chat template, ready to render, with what transformers offers to one. It is a stranger's program:
+    """A chat template, ready to render, with what transformers offers to one. A stranger wrote it:
     jinja2's sandbox keeps it from files and from Python, though not from taking its time."""
     # {% generation %} to {% endgeneration %} mark what is trained, and mean nothing to a prompt.
     text = re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", text)
     chat = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    chat.filters["tojson"] = tojson
-    chat.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    chat.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
+    chat.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
     return chat.from_string(text)
 
 
@@ -948,11 +928,11 @@ class Tokenizer:
     end_ids   they end an answer
     special   control tokens, {name: id}: tokens in a template, letters in the game's text
 
-    data is tokenizer.json's content, settings the object in tokenizer_config.json. Make it inside
-    `blaming`.
+    data is tokenizer.json's content, named the {"bos_token": "<s>", ...} of tokenizer_config.json.
+    Make it inside `blaming`.
     """
 
-    def __init__(self, data, settings=None, end_ids=(), rows=1 << 31):
+    def __init__(self, data, named=None, end_ids=(), rows=1 << 31):
         self.json = data
         raw = parse_json(data)
         bpe = raw["model"]
@@ -965,36 +945,34 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             "", pat_str=pieces, mergeable_ranks=ranks, special_tokens={}
         )
-        self.add_tokens(bpe["vocab"], raw.get("added_tokens") or [], rows)
+        ids = self.add_tokens(bpe["vocab"], raw.get("added_tokens") or [], rows)
 
-        settings = settings or {}
-        self.named = named_tokens(settings)
         self.template = None  # until `use_template`
-        ids = {**bpe["vocab"], **self.added}
-        names = first_tokens(raw.get("post_processor"), settings)
-        self.first_ids = [ids[name] for name in names]
+        self.first_ids = [ids[name] for name in first_tokens(raw.get("post_processor") or {})]
+        self.named = named or {}
         eos = ids.get(self.named.get("eos_token"))
-        self.end_ids = {*end_ids, eos} - {None}
+        self.end_ids = frozenset({*end_ids, eos} - {None})
 
     def add_tokens(self, vocab, added, rows):
-        """Takes in the vocabulary's ids, and the added tokens, which are found in text before it is cut
-        into pieces. Those of them without an embedding stay text."""
-        self.bytes_of = {i: token_bytes(name) for name, i in vocab.items()}
-        ensure(len(self.bytes_of) == len(vocab), "two tokens of the vocabulary have one id")
+        """Takes in the vocabulary, and the added tokens, which are found in text before it is cut
+        into pieces. Those of them without an embedding stay text. Returns {name: id} of all."""
         for token in added:
-            name = token["content"].encode()
-            known = self.bytes_of.setdefault(token["id"], name)
-            ensure(name and known == name, f"two tokens have the id {token['id']!r:.99}")
+            strips = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
+            ensure(token["content"] and not strips, f"added token {token!r:.150} is not supported")
+        names = {token["content"]: token["id"] for token in added}
+        ids = {**vocab, **names}
+        self.bytes_of = {i: token_bytes(name) for name, i in ids.items()}
         good = all(type(i) is int and i >= 0 for i in self.bytes_of)
-        ensure(good, "an id is no natural number")
+        ensure(good and len(self.bytes_of) == len(ids), "a token has no id of its own")
         self.size = min(rows, 1 + max(self.bytes_of))
 
-        added = [token for token in added if token["id"] < rows]
-        self.added = {token["content"]: token["id"] for token in added}
-        self.special = {token["content"]: token["id"] for token in added if token["special"]}
-        self.find_added = added_token_pattern(added)
-        names = "|".join(re.escape(name) for name in self.special) or NOTHING
-        self.begin_of_special = re.compile(f"(?={names}).", re.DOTALL)
+        usable = [token for token in added if token["id"] < rows]
+        self.added = {token["content"]: token["id"] for token in usable}
+        control = [token for token in usable if token.get("special")]
+        self.special = {token["content"]: token["id"] for token in control}
+        self.find_added = re.compile(any_of(self.added))
+        self.begin_of_special = re.compile(f"(?={any_of(self.special)}).", re.DOTALL)
+        return ids
 
     def use_template(self, text):
         """From now on prompts are chats by this jinja2 template. Call it inside `blaming`."""
@@ -1019,7 +997,7 @@ class Tokenizer:
             )
 
     def quote(self, text):
-        """Text in which what spells a control token is broken, so that `encode_chat` takes it as text."""
+        """Text in which control tokens are broken, so that `encode_chat` takes them as text."""
         return self.begin_of_special.sub(rf"\g<0>{QUOTE}", text)
 
     def cut(self, chat):
@@ -1029,7 +1007,7 @@ class Tokenizer:
         return parts
 
     def encode_pieces(self, text):
-        """Ids of text between added tokens. Bytes that the vocabulary lacks go, as in transformers."""
+        """Ids of text without added tokens. Bytes that the vocabulary lacks are dropped."""
         text = text.replace(QUOTE, "")
         if self.form:
             text = unicodedata.normalize(self.form, text)
@@ -1042,7 +1020,7 @@ class Tokenizer:
         end = 0
         for match in self.find_added.finditer(text):
             ids += self.encode_pieces(text[end : match.start()])
-            ids.append(self.added[match[match.lastindex]])
+            ids.append(self.added[match[0]])
             end = match.end()
         return ids + self.encode_pieces(text[end:])
 
@@ -1051,7 +1029,7 @@ class Tokenizer:
         return self.encode_chat(self.quote(text))
 
     def decode(self, ids):
-        """Text of ids, added tokens by name; ids of no token are left out, broken UTF-8 is U+FFFD."""
+        """Text of ids. Ids of no token are left out, and broken UTF-8 becomes U+FFFD."""
         return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", "replace")
 
     def chat(self, text, think):
@@ -1063,19 +1041,19 @@ class Tokenizer:
         return self.render(messages, think, add_generation_prompt=True)
 
     def prompt(self, text, think=False):
-        """Ids of the whole prompt around a user's text. think is the template's `enable_thinking`."""
+        """Ids of the whole prompt around a user's text. think is the template's enable_thinking."""
         return self.first_ids + self.encode_chat(self.chat(text, think))
 
     def prefix(self, instructions, think=False):
         """Ids of a prompt up to its state: prefix(instructions) + suffix(state) are the ids of
-        prompt(instructions + "\\n\\n" + state). Raises ValueError where that does not hold."""
+        prompt(instructions + "\\n\\n" + state). Raises ValueError where a template spoils that."""
         before, _ = self.cut(self.chat(instructions + "\n\n" + CUT, think))
         before += "x"  # lets the blank line end as before a state
         ids = self.first_ids + self.encode_chat(before)[:-1]
         for state in STATES:
             whole = self.prompt(instructions + "\n\n" + state, think)
-            same = ids + self.suffix(state, think) == whole
-            ensure(same, "the prompt does not fall into instructions and state")
+            good = ids + self.suffix(state, think) == whole or self.template is None
+            ensure(good, "the chat template's prompt does not fall into instructions and state")
         return ids
 
     def suffix(self, state, think=False):
@@ -1099,14 +1077,14 @@ def tokenizer_json(vocab, merges, added, pre_tokenizer, normalizer=None, whole_p
         "added_tokens": added,
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "decoder": BYTE_LEVEL_ALONE,
+        "decoder": BYTE_LEVEL,
         "model": model,
     }
     return json.dumps(raw).encode()
 
 
 def tiny_tokenizer(texts, end):
-    """A Tokenizer of the 256 bytes and of the pieces of some texts, of which `end` ends an answer."""
+    """A Tokenizer of the 256 bytes and the pieces of some texts, of which `end` ends an answer."""
     vocab = {CHAR_OF[byte]: byte for byte in range(256)}
     for text in texts:
         for piece in re.findall(TINY_PIECES, text):
@@ -1137,13 +1115,13 @@ def older_tokenizer(files, settings, model_type):
     merges = [line for line in lines if line and not line.startswith("#version")]
     decoder = settings.get("added_tokens_decoder", {})
     added = [{**token, "id": int(i)} for i, token in decoder.items()]
-    for name in ("<|endoftext|>", *named_tokens(settings).values()):  # the first is the default
-        if name in vocab:
-            added.append({"content": name, "id": vocab[name], "special": True})
+    control = {"<|endoftext|>", *named_tokens(settings).values()}  # the first is the default
+    for name in control & vocab.keys():
+        added.append({"content": name, "id": vocab[name], "special": True})
     kind = settings.get("tokenizer_class", model_type)
     if kind.lower().startswith("qwen"):
         return tokenizer_json(vocab, merges, added, split_by(QWEN_PIECES), {"type": "NFC"})
-    return tokenizer_json(vocab, merges, added, BYTE_LEVEL_ALONE)
+    return tokenizer_json(vocab, merges, added, BYTE_LEVEL | {"use_regex": True})
 
 
 def load_tokenizer(directory, files, end_ids, config):
@@ -1159,14 +1137,15 @@ def load_tokenizer(directory, files, end_ids, config):
         ensure(data or not (directory / "tokenizer.model").exists(), f"absent; {SENTENCEPIECE}")
         if data is None:
             return None
-        tokenizer = Tokenizer(data, settings, end_ids, config.vocab_size)
+        tokenizer = Tokenizer(data, named_tokens(settings), end_ids, config.vocab_size)
     with blaming(directory / holder):
         if template is not None:
             tokenizer.use_template(template)
     return tokenizer
 
 
-# A directory as Hugging Face's: config.json, model.safetensors, tokenizer.json and other small files
+# A directory as Hugging Face's: config.json, model.safetensors, tokenizer.json and other small
+# files
 
 
 def missing_config(directory):
@@ -1186,16 +1165,15 @@ def missing_config(directory):
 def small_files(directory):
     """{name: bytes} of what is not weights."""
     files = {}
-    for path in sorted(directory.iterdir()):
-        small = path.suffix in (".json", ".txt", ".jinja") and path.stat().st_size <= LARGEST_HEADER
-        if small and not path.name.endswith(".index.json"):
+    for path in directory.iterdir():
+        if path.suffix in (".json", ".txt", ".jinja") and path.stat().st_size <= LARGEST_HEADER:
             files[path.name] = path.read_bytes()
     return files
 
 
 def untie(config, tensors):
-    """The config, untied where these tensors hold a head that is not the embeddings, as in transformers.
-    A head that is equal goes; one without embeddings beside it is the embeddings."""
+    """The config, untied where these tensors hold a head that is not the embeddings, as in
+    transformers. A head that is equal goes; one without embeddings beside it is the embeddings."""
     if not config.tie_word_embeddings or "lm_head.weight" not in tensors:
         return config
     head = tensors.pop("lm_head.weight")
@@ -1207,16 +1185,14 @@ def untie(config, tensors):
 
 
 def empty_model(directory, config, tensors, named):
-    """A Transformer without memory of its own, for these tensors. Raises where they do not fit; those go
-    that neither the model nor the folder's index names."""
-    blocks = config.num_hidden_layers
+    """A Transformer without memory of its own, for these tensors. Raises where they do not fit;
+    those go that neither the model nor the folder's index names."""
     with blaming(directory / "config.json"), torch.device("meta"):
-        ensure(9 * blocks <= len(tensors), f"num_hidden_layers {blocks} exceeds the weights")
         model = Transformer(config)
     weights = model.state_dict()
     for name in tensors.keys() - weights.keys():
-        buffer = name.endswith("rotary_emb.inv_freq")  # in old Llama files
-        if buffer or name not in named:
+        # The buffer is in old Llama files.
+        if name not in named or name.endswith("rotary_emb.inv_freq"):
             del tensors[name]
     found = {(name, tuple(x.shape), x.is_floating_point()) for name, x in tensors.items()}
     wanted = {(name, tuple(x.shape), True) for name, x in weights.items()}
@@ -1225,18 +1201,13 @@ def empty_model(directory, config, tensors, named):
     return model
 
 
-def is_finite(tensor):
-    """Whether all its numbers are; without a copy of it."""
-    low, high = tensor.aminmax()
-    return bool(low.isfinite() and high.isfinite())
-
-
 def load_pretrained(directory, dtype=torch.float32, weights=None):
     """(Transformer in dtype, Tokenizer or None) of a Hugging Face directory.
 
     weights: {name: tensor}, in the place of those in the directory, which then needs none.
-    Memory peaks at the weights' own size: each tensor is read into its place and converted by itself.
-    What can be refused is refused before the weights are read. Raises ValueError with file and reason.
+    Memory peaks at the weights' own size: each tensor is read into its place and converted by
+    itself. What can be refused is refused before the weights are read. Raises ValueError with file
+    and reason.
     """
     directory = Path(directory)
     if not (directory / "config.json").exists():
@@ -1259,15 +1230,16 @@ def load_pretrained(directory, dtype=torch.float32, weights=None):
     converted = {}
     for name in list(tensors):
         converted[name] = tensors.pop(name).to(dtype)
-        ensure(is_finite(converted[name]), f"{directory}: {name} holds numbers that are not finite")
+        low, high = converted[name].aminmax()  # without a copy; both are NaN where one number is
+        ensure(low.isfinite() and high.isfinite(), f"{directory}: {name} is not finite")
     model.load_state_dict(converted, assign=True)
     model.files = files
     return model, tokenizer
 
 
 def config_json(model, tokenizer):
-    """config.json's bytes in the older dialect, which all libraries read. Other keys that came with the
-    model are kept."""
+    """config.json's bytes in the older dialect, which all libraries read. Other keys that came with
+    the model are kept."""
     ends = tokenizer.end_ids if tokenizer else ()
     raw = {"bos_token_id": None, "eos_token_id": min(ends, default=None)}  # not transformers' 1, 2
     raw |= json.loads(model.files.get("config.json", b"{}"))
@@ -1305,6 +1277,6 @@ def save_pretrained(directory, model, tokenizer, weights=None):
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / "model.safetensors", weights or model.state_dict())
     save_small_files(directory, model, tokenizer)
-    shards = directory.glob("model-*-of-*.safetensors")
-    for old in [*shards, *directory.glob("*.index.json")]:
-        old.unlink()
+    for pattern in ("model-*-of-*.safetensors", "*.index.json"):  # weights that were there before
+        for old in directory.glob(pattern):
+            old.unlink()
