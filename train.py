@@ -782,12 +782,13 @@ def finish(learner, out, state, clock):
     last = [json.loads(line) for line in state["history"]]
     if not any(m["updates"] for m in last):
         say("nothing was learned, the model is as it was: " + advice(last[-1]))
-    folder = shlex.quote(str(out))
     say(
-        f"{summary['seconds']:.0f} s. The model is in {out / 'model'}, the figures in {out}/summary.json."
-        f"\nNext:\n    python train.py --play {folder} --seed 3\n    python train.py --eval {folder}"
-        f"\n    python train.py --resume {folder} --iterations {2 * learner.settings.iterations}"
+        f"{summary['seconds']:.0f} s. The model is in {out}/model, the figures in {out}/summary.json."
     )
+    command = f"    python {sys.argv[0]}"
+    folder = shlex.quote(str(out))
+    say(f"Next:\n{command} --play {folder} --seed 3\n{command} --eval {folder}")
+    say(f"{command} --resume {folder} --iterations {2 * learner.settings.iterations}")
 
 
 def evaluate_all(learner):
@@ -801,13 +802,14 @@ def play_one(learner):
     rng = generator(s.seed)
     lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], rng, held_out=True), s.seed, 0)
     player = learner.player(lake.instructions)
+    boards = [lake.observation()]
+    episode = msgrpo.play(player, [lake], True, lambda *_: boards.append(lake.observation()))[0]
     say(f"\n{lake.instructions}\n")
-    episode = msgrpo.play(player, [lake], greedy=True)[0]
-    for step in episode:
+    for board, step in zip(boards, episode):
         remark = "" if step.valid else "  (invalid: no move)"
-        say(f"{player.decode(step.answer.prompt)}{step.answer.text}{remark}\n")
+        say(f"{board}\n{step.answer.text}{remark}\n")
     outcome = "reached" if lake.success else "missed"
-    say(f"{lake.observation()}\n{outcome} the goal in {lake.steps} steps\n")
+    say(f"{boards[-1]}\n{outcome} the goal in {lake.steps} steps\n")
 
 
 MODES = {
@@ -973,7 +975,7 @@ def make_folder(out, settings):
     out.mkdir(parents=True, exist_ok=True)
     write(out / "settings.json", settings_text(settings))
     folder = shlex.quote(str(out))
-    say(f"this run is {out}; if it is stopped, go on with: python train.py --resume {folder}")
+    say(f"this run is {out}; if it is stopped: python {sys.argv[0]} --resume {folder}")
     return out
 
 
