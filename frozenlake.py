@@ -6,8 +6,8 @@ text-mediated stochastic game (S, A, T, r, H) with the two maps between text and
     phi: state -> text                  `FrozenLake.observation`
     psi: text -> action or invalid      `parse_action`
 
-States are numbered row by row from the top left. Actions are left 0, down 1, right 2, up 3. A map is
-a list of rows of the letters S (start), F (frozen), H (hole) and G (goal). Nothing here knows of
+States are numbered row by row from the top left. Actions are left 0, down 1, right 2, up 3. A map
+is a list of rows of the letters S (start), F (frozen), H (hole) and G (goal). Nothing here knows of
 tokens or of models.
 """
 
@@ -145,7 +145,7 @@ class FrozenLake:
         return row * self.columns + column
 
     def step(self, text):
-        """Play an answer: (reward, done, valid). One uniform draw decides where a valid move ends."""
+        """Play an answer: (reward, done, valid). One draw decides where a valid move ends."""
         self.steps += 1
         out_of_steps = self.steps == self.max_steps
         action = parse_action(text)
@@ -162,7 +162,7 @@ class FrozenLake:
 
     @property
     def instructions(self):
-        """What never changes in an episode, made of the settings, so that it cannot contradict them."""
+        """What never changes in an episode, made of the settings: it cannot contradict them."""
         if self.success_rate == 1:
             ice = "not slippery: you move as you choose."
         else:

@@ -1,8 +1,9 @@
-"""One decoder-only transformer for Llama, Qwen2 and Qwen3 weights, and for the tiny model born here.
+"""One decoder-only transformer for Llama, Qwen2 and Qwen3 weights, and for the tiny model.
 
-Reading order: `Transformer` (tokens -> logits), `LanguageAgent` (text -> tokens that are sampled, then
-scored), and, below a line, the file formats: tokenizer, config.json, safetensors, load and save.
-Modules bear the names of Hugging Face's state dicts, so that weights load by a strict match of names.
+Reading order: `Transformer` (tokens -> logits), `LanguageAgent` (text -> tokens that are sampled,
+then scored), and, below a line, the file formats: tokenizer, config.json, safetensors, load and
+save. Modules bear the names of Hugging Face's state dicts, so that weights load by a strict match
+of names.
 """
 
 import contextlib
@@ -67,7 +68,7 @@ def rotary(config, positions, dtype):
 
 
 def scale_frequencies(frequencies, scaling):
-    """Llama 3's scaling: long waves are stretched by `factor`, short ones kept, those between mixed."""
+    """Llama 3's scaling: long waves are stretched by `factor`, short ones kept, others mixed."""
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
@@ -76,7 +77,7 @@ def scale_frequencies(frequencies, scaling):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions in the split-halves form of these weights: x (batch, heads, time, head_dim)."""
+    """Rotary positions in these weights' split-halves form: x (batch, heads, time, head_dim)."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
@@ -95,10 +96,11 @@ def attention_mask(config, positions, slots, dtype):
 
 
 def attention(q, k, v, mask):
-    """Grouped-query attention: the heads of a group have queries of their own, and share keys and values.
+    """Grouped-query attention: the heads of a group share keys and values.
 
-    q (batch, heads, time, head_dim), k and v (batch, groups, slots, head_dim) -> (batch, time, width).
-    A group's heads are laid behind each other in time, as if they were one head with more queries.
+    q (batch, heads, time, head_dim), k and v (batch, groups, slots, head_dim) -> (batch, time,
+    width). A group's heads are laid behind each other in time, as if they were one head with more
+    queries.
     """
     batch, heads, time, head_dim = q.shape
     groups = k.shape[1]
@@ -241,10 +243,10 @@ class Transformer(nn.Module):
         return (self.head(x)[:, :size].float() / temperature).log_softmax(-1)
 
     def token_logprobs(self, x, targets, size, temperature):
-        """Log-probabilities of targets (tokens,) after hidden states x (tokens, width), and entropies.
+        """Log-probabilities of targets (tokens,) after x (tokens, width), and entropies.
 
-        Exact, in slices of tokens. A table over the vocabulary takes more memory than the rest of an
-        update: so there is one slice's at a time, computed again in the backward pass.
+        Exact, in slices of tokens. A table over the vocabulary takes more memory than the rest of
+        an update: so there is one slice's at a time, computed again in the backward pass.
         """
 
         def one_slice(x, targets):
@@ -278,7 +280,7 @@ class Prefix:
         return len(self) + time
 
     def extend(self, layer, k, v):
-        """The rows' own k and v (batch, groups, time, head_dim), behind those of the instructions."""
+        """The rows' own k, v (batch, groups, time, head_dim), behind those of the instructions."""
         prefix_k, prefix_v = self.keys_values[layer]
         batch = k.shape[0]
         k = torch.cat([prefix_k.expand(batch, -1, -1, -1), k], 2)
@@ -320,7 +322,7 @@ class Cache:
         return self.size
 
     def extend(self, layer, k, v):
-        """Write the new token's k and v (answers, groups, 1, head_dim); returns those of all slots."""
+        """Write a new token's k and v (answers, groups, 1, head_dim); returns all slots'."""
         all_k, all_v = self.keys_values[layer]
         all_k[self.rows, :, self.positions] = k[:, :, 0]
         all_v[self.rows, :, self.positions] = v[:, :, 0]
@@ -352,11 +354,11 @@ def pad(rows, value):
 
 
 class LanguageAgent:
-    """A language-agent policy (msgrpo.Policy): a transformer that reads the instructions before every state.
+    """A language-agent policy (msgrpo.Policy): a transformer that reads instructions and a state.
 
-    The instructions are the same in every prompt: they are run once, and all rows see their keys and
-    values. Equal prompts, and when scoring equal answers to them, are run once too. All of this is
-    exact, gradients included.
+    The instructions are the same in every prompt: they are run once, and all rows see their keys
+    and values. Equal prompts, and when scoring equal answers to them, are run once too. All of this
+    is exact, gradients included.
     """
 
     def __init__(
@@ -375,7 +377,7 @@ class LanguageAgent:
 
     @torch.no_grad()
     def refresh(self):
-        """Call it when the weights have changed: what was computed with the old ones is forgotten."""
+        """The weights have changed: forget what was computed with the old ones."""
         self.prefix = self.read_instructions()
         self.greedy_answers = {}
 
@@ -385,7 +387,7 @@ class LanguageAgent:
         return Prefix(keys_values)
 
     def read_rows(self, rows, prefix):
-        """Run rows of tokens behind the instructions: hidden states (rows, longest, width), keys, values."""
+        """Run rows of tokens behind the instructions: hidden states, keys and values."""
         ids = torch.tensor(pad(rows, 0), device=self.device)
         positions = len(prefix) + torch.arange(ids.shape[1], device=self.device)
         return self.model.hidden(ids, positions[None], prefix)
@@ -437,7 +439,7 @@ class LanguageAgent:
         return self.answers(prompts, tokens.tolist(), logprobs.tolist())
 
     def read_prompts(self, prompts):
-        """Run prompts: the table of each one's first new token, their keys and values, their lengths."""
+        """Run prompts: the table of each one's first new token, keys and values, lengths."""
         x, keys_values = self.read_rows(prompts, self.prefix)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         last = x[torch.arange(len(prompts), device=self.device), lengths - 1]
@@ -462,7 +464,7 @@ class LanguageAgent:
     def score(self, answers):
         """As msgrpo.Policy says: the numbers that `act` gave, with gradient."""
         pairs = list(dict.fromkeys((answer.prompt, answer.response) for answer in answers))
-        # The last token of an answer is predicted, not read; a token is predicted one place earlier.
+        # The last token of an answer is not read. A token is predicted one place before its own.
         inputs = [prompt + response[:-1] for prompt, response in pairs]
         targets = [(-1,) * (len(prompt) - 1) + response for prompt, response in pairs]
         targets = torch.tensor(pad(targets, -1), device=self.device)  # (rows, longest)
@@ -1254,7 +1256,8 @@ def config_json(model, tokenizer):
 def save_small_files(directory, model, tokenizer):
     """Write all of a Hugging Face directory but the weights; tokenizer may be None.
 
-    Small files that came with the model are carried over. Each is complete before it takes its place.
+    Small files that came with the model are carried over. Each is complete before it takes its
+    place.
     """
     directory = Path(directory)
     files = dict(model.files)

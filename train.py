@@ -1,10 +1,10 @@
-"""Train a language model to cross frozen lakes by MS-GRPO, evaluate it on unseen ones, watch it play.
+"""Train a language model to cross frozen lakes by MS-GRPO, evaluate it, watch it play.
 
     python train.py --tiny                      a transformer from nothing, on a laptop's CPU
-    python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama in Hugging Face's format
-    python train.py --resume DIR                go on with a run that was stopped or killed
-    python train.py --eval DIR, or --play DIR   what a run or a model can do, in figures or move by move
-    torchrun --nproc-per-node N train.py ...    the same by N processes
+    python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama in Hugging Face's
+    format python train.py --resume DIR                go on with a run that was stopped or killed
+    python train.py --eval DIR, or --play DIR   what a run or a model can do, in figures or move by
+    move torchrun --nproc-per-node N train.py ...    the same by N processes
 
 A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.pt (to resume from),
 model/ (in Hugging Face's format) and summary.json. Random numbers follow from (seed, iteration,
@@ -40,7 +40,7 @@ import msgrpo
 from frozenlake import SCENARIOS, FrozenLake
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured (results/bench*.jsonl).
+# Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured in results/bench*.
 BFLOAT16_IS_FAST = DEVICE == "cuda" or torch.cpu._is_amx_tile_supported()
 DTYPE = "bfloat16" if BFLOAT16_IS_FAST else "float32"
 
@@ -100,7 +100,7 @@ class Settings:
     recompute: bool = setting(False, "keep no activations: less memory, more time")
 
     def lake(self, desc, *key, scenario=None):
-        """The game on one map, with this run's text and rewards; its random numbers follow from the key.
+        """The game on one map, with this run's text and rewards; its luck follows from the key.
 
         scenario: an evaluation's, for the training scenario in the place.
         """
@@ -136,15 +136,15 @@ TINY = dict(  # what differs for a model that is born here, and why
 
 
 def generator(*key):
-    """The numpy Generator of a key of integers, whose length counts: numpy takes (1,) for (1, 0)."""
+    """The numpy Generator of a key of integers. Its length counts: numpy takes (1,) for (1, 0)."""
     return np.random.default_rng([len(key), *key])
 
 
 def iterate(player, trainee, learner, iteration, failed):
     """One iteration of MS-GRPO, by the steps of msgrpo.py; returns its metrics.
 
-    player plays, trainee has the weights that are trained. failed: up to 256 maps to return to, kept
-    up to date here. The metric `success` is of newly drawn maps alone.
+    player plays, trainee has the weights that are trained. failed: up to 256 maps to return to,
+    kept up to date here. The metric `success` is of newly drawn maps alone.
     """
     began = time.perf_counter()
     s = learner.settings
@@ -235,7 +235,7 @@ def learning_rate(s, iteration):
 
 
 def learn(trainee, learner, episodes, advantages, drawn, rate):
-    """Optimiser steps on the drawn episodes, about `update_episodes` a step; returns a dict per step.
+    """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
 
     Ours: the steps end where the policy is further than `max_gap` from the one that played.
     """
@@ -260,9 +260,9 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
 def evaluate(learner, name, greedy=True, episodes=None):
     """Success on held-out maps beside that of players who do not learn: printed and returned.
 
-    4x4 without slipping: each held-out map once, so that greedy figures are exact; `success` weights
-    a map by its probability. Otherwise the same `eval_episodes` episodes every time, with half of
-    Wilson's 95 % interval. episodes: at most so many, for `eval_episodes`.
+    4x4 without slipping: each held-out map once, so that greedy figures are exact; `success`
+    weights a map by its probability. Otherwise the same `eval_episodes` episodes every time, with
+    half of Wilson's 95 % interval. episodes: at most so many, for `eval_episodes`.
     """
     s = learner.settings
     scenario = SCENARIOS[name]
@@ -303,7 +303,7 @@ def evaluation_maps(scenario, episodes):
 # command line.
 
 # torchrun sets these. All processes draw the same numbers and keep the same books; they share the
-# playing, the passes of an update, and the float32 state. One process alone gets back what it gives.
+# playing, the passes of an update, and the float32 state. One alone gets back what it gives.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -323,7 +323,7 @@ def gather(items):
 
 
 def play_share(player, games):
-    """This process's share of the episodes. Raises Stopped, on all processes, if one is asked to stop."""
+    """This process's share of the episodes. Raises Stopped on all processes if one is asked to."""
 
     def after_round(done, total):
         STATUS.detail(done, total)
@@ -369,7 +369,7 @@ def accumulate_gradient(trainee, episodes, s, can_stop):
 
 
 class Stopped(Exception):
-    """An iteration is given up before its first update: it changed nothing, and will be played again."""
+    """An iteration is given up before its first update. It will be played again."""
 
 
 def stop_if(asked):
@@ -403,7 +403,7 @@ INTERRUPTS = Interrupts()
 
 
 class Status:
-    """What goes on and for how long: a line rewritten on a terminal, printed now and then elsewhere."""
+    """What goes on, how long: a line rewritten on a terminal, printed now and then elsewhere."""
 
     def __init__(self):
         self.text = ""
@@ -450,7 +450,7 @@ def say(*words):
 
 
 class Learner:
-    """What is trained: `master`, the float32 weights with AdamW's moments, and `model`, which uses them.
+    """What is trained: `master`, float32 weights and AdamW's moments, and `model`, which uses them.
 
     In float32 on one process both are one model. Otherwise `model` is a copy in the run's dtype: an
     update of relative size 1e-6 would vanish in bfloat16. On one process the copy plays and learns,
@@ -504,7 +504,7 @@ class Learner:
         return self.agent_class(model, self.tokenizer, instructions, s.temperature, tokens, s.think)
 
     def update(self, rate):
-        """A step of AdamW on the gradients; returns their norm. If that is not finite, nothing changes."""
+        """A step of AdamW on the gradients; returns their norm. Not finite, it changes nothing."""
         norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip)
         if hasattr(norm, "full_tensor"):  # of several processes
             norm = norm.full_tensor()
@@ -524,7 +524,7 @@ class Learner:
             low.copy_(weight.full_tensor() if WORLD > 1 else weight)
 
     def state(self):
-        """Weights and moments, whole and on the CPU; of several processes the first one has them."""
+        """Weights and moments, whole, on the CPU; of several processes the first one has them."""
         from torch.distributed.checkpoint import state_dict  # here, as importing it takes a second
 
         options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -544,7 +544,7 @@ class Learner:
 
 
 def hand_on_gradient(low, weight):
-    """Have a parameter's gradient added to that of its float32 weight, and freed, as soon as it is there."""
+    """Have a parameter's gradient added to its float32 weight's, and freed, once it is there."""
 
     def hand_on(low):
         if weight.grad is None:
@@ -557,7 +557,7 @@ def hand_on_gradient(low, weight):
 
 
 def shard(model, dtype, device):
-    """FSDP2: each process holds a part of all weights, gradients and moments; gradients are averaged."""
+    """FSDP2: each process holds a part of weights, gradients, moments; gradients are averaged."""
     from torch.distributed import fsdp  # here, as importing it takes a second
 
     mesh = torch.distributed.device_mesh.init_device_mesh(device, (WORLD,))
@@ -596,7 +596,7 @@ def tiny_start(s):
 
 
 def warm_up(trainee, learner):
-    """For want of pretraining: next-token prediction on states of training maps, answered at random.
+    """For want of pretraining: next-token prediction on states of training maps.
 
     It teaches to read and to speak, not to play: the answers are *uniformly random* moves.
     """
@@ -619,7 +619,7 @@ def warm_up(trainee, learner):
 
 
 def summarize(episodes, returns, success, replayed, tried):
-    """The metrics of an iteration's episodes and updates; null where there is nothing to measure."""
+    """The metrics of an iteration's episodes and updates; None where nothing is measured."""
     updates = [update for update in tried if np.isfinite(update["grad_norm"])]
     steps = [step for episode in episodes for step in episode]
     tokens = [update["tokens"] for update in updates]
@@ -655,7 +655,7 @@ LEGEND = "success on new maps, mean return, valid answers, entropy in nats, grou
 
 
 def progress_line(m, iterations, ends):
-    """An iteration's metrics in one line that a person can follow; ends: seconds of the last ones' ends."""
+    """An iteration's metrics in one line; ends: when the last iterations ended, in seconds."""
     left = (ends[-1] - ends[0]) / (len(ends) - 1) * (iterations - m["iteration"])
     line = f"{m['iteration']:4d}/{iterations}"
     for key in ("success", "return", "valid", "entropy", "zero_variance_groups"):
@@ -666,7 +666,7 @@ def progress_line(m, iterations, ends):
 
 
 def write(path, content):
-    """Put a text, or what torch.save takes, in the place of the file at path: whole or not at all."""
+    """Put a text, or what torch.save takes, in a file's place: whole or not at all."""
     if RANK > 0:
         return
     with lm.replacing(path) as file:
@@ -683,7 +683,7 @@ def to_json(metrics):
 
 
 def train(learner, out, state):
-    """Train to the last iteration, from the state of a run if there is one; evaluate, save, sum up."""
+    """Train to the last iteration, from a run's state if there is one; evaluate, save, sum up."""
     s = learner.settings
     clock = time.perf_counter()
     desc = frozenlake.draw_map(SCENARIOS[s.scenario], generator())
@@ -702,6 +702,7 @@ def train(learner, out, state):
     with INTERRUPTS:
         for iteration in range(len(history) + 1, s.iterations + 1):
             try:
+                stop_if(INTERRUPTS.asked)
                 metrics = iterate(player, trainee, learner, iteration, state["failed"])
             except Stopped:
                 save_state(out, state, learner)
@@ -720,7 +721,7 @@ def train(learner, out, state):
 
 
 def check_learning(history):
-    """Say so if nothing is learned at first; raises ValueError where gradients are no longer finite."""
+    """Say so if nothing is learned at first; raises ValueError if gradients are not finite."""
     last = [json.loads(line) for line in history[-3:]]
     if len(last) < 3 or any(m["updates"] for m in last):
         return
@@ -782,9 +783,7 @@ def finish(learner, out, state, clock):
     last = [json.loads(line) for line in state["history"]]
     if not any(m["updates"] for m in last):
         say("nothing was learned, the model is as it was: " + advice(last[-1]))
-    say(
-        f"{summary['seconds']:.0f} s. The model is in {out}/model, the figures in {out}/summary.json."
-    )
+    say(f"{summary['seconds']:.0f} s. The model is in {out}/model, figures in {out}/summary.json.")
     command = f"    python {sys.argv[0]}"
     folder = shlex.quote(str(out))
     say(f"Next:\n{command} --play {folder} --seed 3\n{command} --eval {folder}")
@@ -820,7 +819,7 @@ MODES = {
 }
 NUMERICS = {"device", "dtype", "threads", "micro_batch_tokens", "recompute"}
 VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
-TAKES = {  # the settings that may be given with a mode; all others with --tiny and --checkpoint alone
+TAKES = {  # settings that may be given with a mode; all others go with --tiny and --checkpoint alone
     "resume": NUMERICS | {"iterations", "eval_every", "eval_episodes", "checkpoint_every"},
     "eval": VIEW | {"eval_episodes"},
     "play": VIEW | {"seed", "scenario", "max_steps"},
@@ -887,7 +886,7 @@ def number(kind, low, high):
 
 
 def run(argv, agent_class):
-    """One command. Raises ValueError or OSError, with a message of one line, on bad use or input."""
+    """One command. Raises ValueError or OSError, with a line that says why, on bad use or input."""
     given = vars(make_parser().parse_args(argv))
     mode = next(mode for mode in ("tiny", *MODES) if mode in given)
     folder = Path(given.pop(mode))

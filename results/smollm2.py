@@ -1,13 +1,13 @@
-"""SmolLM2-135M-Instruct learns to cross frozen lakes on a CPU: train.py with one word for an answer.
+"""SmolLM2-135M-Instruct learns to cross frozen lakes on a CPU: train.py with one-word answers.
 
     python results/smollm2.py --checkpoint DIR --seed 0 --out runs/smollm2-0    train with FLAGS
     python results/smollm2.py --resume, --eval or --play runs/smollm2-0         as with train.py
 
-Under train.py's own prompt this model talks of other things: no answer is ever valid, so all episodes
-of a group are alike and there is nothing to learn from. Here two examples stand before the state, as
-turns of the model's own chat, and the answer's tags are given: the model says the word between them,
-any one token of its vocabulary. An episode has 12 steps, not 8, so that random play wins now and then.
-All else is train.py; flags that are given replace FLAGS.
+Under train.py's own prompt this model talks of other things: no answer is ever valid, so all
+episodes of a group are alike and there is nothing to learn from. Here two examples stand before the
+state, as turns of the model's own chat, and the answer's tags are given: the model says the word
+between them, any one token of its vocabulary. An episode has 12 steps, not 8, so that random play
+wins now and then. All else is train.py; flags that are given replace FLAGS.
 """
 
 import sys
@@ -23,8 +23,8 @@ import model as lm
 from msgrpo import Answer
 
 EXAMPLES = [("P___ _O_O ___O O__G", "down"), ("_O__ _P__ _O__ ___G", "right")]  # none is held out
-FLAGS = """--iterations 60 --groups 16 --group-size 64 --replay .5 --update-episodes 128 --explore 64
-    --no-normalize-std --learning-rate 1e-4 --final-rate .1 --max-gap .5 --entropy-coef .03
+FLAGS = """--iterations 60 --groups 16 --group-size 64 --replay .5 --update-episodes 128
+    --explore 64    --no-normalize-std --learning-rate 1e-4 --final-rate .1 --max-gap .5 --entropy-coef .03
     --invalid-penalty .5 --temperature 1 --max-new-tokens 1 --max-steps 12 --micro-batch-tokens 8192
     --checkpoint-every 1 --eval-episodes 100 --threads 1""".split()
 OPEN = "<action>"
