@@ -819,7 +819,7 @@ MODES = {
 }
 NUMERICS = {"device", "dtype", "threads", "micro_batch_tokens", "recompute"}
 VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
-TAKES = {  # settings that may be given with a mode; all others go with --tiny and --checkpoint alone
+TAKES = {  # settings that a mode takes; all others go with --tiny and --checkpoint alone
     "resume": NUMERICS | {"iterations", "eval_every", "eval_episodes", "checkpoint_every"},
     "eval": VIEW | {"eval_episodes"},
     "play": VIEW | {"seed", "scenario", "max_steps"},

@@ -24,9 +24,9 @@ from msgrpo import Answer
 
 EXAMPLES = [("P___ _O_O ___O O__G", "down"), ("_O__ _P__ _O__ ___G", "right")]  # none is held out
 FLAGS = """--iterations 60 --groups 16 --group-size 64 --replay .5 --update-episodes 128
-    --explore 64    --no-normalize-std --learning-rate 1e-4 --final-rate .1 --max-gap .5 --entropy-coef .03
-    --invalid-penalty .5 --temperature 1 --max-new-tokens 1 --max-steps 12 --micro-batch-tokens 8192
-    --checkpoint-every 1 --eval-episodes 100 --threads 1""".split()
+    --explore 64 --no-normalize-std --learning-rate 1e-4 --final-rate .1 --max-gap .5
+    --entropy-coef .03 --invalid-penalty .5 --temperature 1 --max-new-tokens 1 --max-steps 12
+    --micro-batch-tokens 8192 --checkpoint-every 1 --eval-episodes 100 --threads 1""".split()
 OPEN = "<action>"
 CLOSE = "</action>"
 
