@@ -188,6 +188,7 @@ def iterate(player, trainee, learner, iteration, failed):
     metrics["iteration"] = iteration
     metrics["learning_rate"] = rate
     metrics["rollout_gap"] = rollout_gap
+    metrics["nonzero_episodes"] = int((advantages != 0).sum())
     metrics["drawn_episodes"] = len(drawn)
     tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
     metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
