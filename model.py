@@ -83,10 +83,11 @@ def rotate(x, cos, sin):
 
 
 def attention_mask(config, positions, slots, dtype):
-    """What `attention` adds to its scores: 0 where a token sees a slot, -inf where it does not.
+    """What `attention` adds to its scores: 0 where a token sees a slot, -inf elsewhere.
 
-    A token's slot is its position, and it sees all slots up to its own. positions (batch, time) ->
-    (batch, 1, heads of a group * time, slots).
+    A token's slot is its position, and it sees all slots up to its own. positions (batch or 1,
+    time) -> (batch or 1, 1, heads of a group * time, slots): repeated for each head of a group, as
+    `attention` lays these heads one behind the other.
     """
     visible = torch.arange(slots, device=positions.device) <= positions[:, :, None]
     mask = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
@@ -245,8 +246,8 @@ class Transformer(nn.Module):
     def token_logprobs(self, x, targets, size, temperature):
         """Log-probabilities of targets (tokens,) after x (tokens, width), and entropies.
 
-        Exact, in slices of tokens. A table over the vocabulary takes more memory than the rest of
-        an update: so there is one slice's at a time, computed again in the backward pass.
+        Exact, in slices of tokens: tables over the vocabulary can take more memory than the rest of
+        an update. Those of one slice exist at a time, and the backward pass computes them again.
         """
 
         def one_slice(x, targets):
@@ -291,20 +292,24 @@ class Prefix:
 class Cache:
     """Keys and values of a batch of answers while they are sampled.
 
-    A token's slot is its position. All slots are there from the start: no shape changes from token
-    to token, so a step can be captured as one graph.
+    A token's slot is its position, and it sees the slots up to its own:
+
+        instructions | prompt, padded | new tokens
+
+    An answer to a short prompt is written over the prompt's padding: so padding is never seen. All
+    slots are there from the start. While no answer ends, no shape changes and tokens are written in
+    place, as a captured graph of a step will need it.
     """
 
     def __init__(self, prefix, prompts, lengths, rows, new_tokens):
         """prompts: one (keys, values) per layer, each (prompts, groups, width, head_dim).
 
-        lengths (prompts,): their tokens, behind which they are padded. rows (answers,): the prompt
-        that each answer continues. It begins behind the prompt's last token, and overwrites the
-        padding before anything has seen it.
+        lengths (prompts,): their tokens, without padding. rows (answers,): which prompt each answer
+        continues.
         """
         self.size = len(prefix) + prompts[0][0].shape[2] + new_tokens
         self.positions = len(prefix) + lengths[rows] - 1  # (answers,) of the last token so far
-        self.rows = torch.arange(len(rows), device=rows.device)
+        self.every = torch.arange(len(rows), device=rows.device)
         self.keys_values = [
             (self.allocate(prefix_k, k, rows), self.allocate(prefix_v, v, rows))
             for (prefix_k, prefix_v), (k, v) in zip(prefix.keys_values, prompts)
@@ -324,15 +329,18 @@ class Cache:
     def extend(self, layer, k, v):
         """Write a new token's k and v (answers, groups, 1, head_dim); returns all slots'."""
         all_k, all_v = self.keys_values[layer]
-        all_k[self.rows, :, self.positions] = k[:, :, 0]
-        all_v[self.rows, :, self.positions] = v[:, :, 0]
+        all_k[self.every, :, self.positions] = k[:, :, 0]
+        all_v[self.every, :, self.positions] = v[:, :, 0]
         return all_k, all_v
 
     def take(self, rows):
         """Keep these answers, in this order."""
-        self.keys_values = [(k[rows], v[rows]) for k, v in self.keys_values]
+        for layer, (k, v) in enumerate(
+            self.keys_values
+        ):  # so that one layer is held twice, not all
+            self.keys_values[layer] = k[rows], v[rows]
         self.positions = self.positions[rows]
-        self.rows = self.rows[: len(self.positions)]
+        self.every = self.every[: len(rows)]
 
 
 def sample(table, uniforms):
@@ -369,7 +377,9 @@ class LanguageAgent:
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.device = next(model.parameters()).device
-        self.instructions = torch.tensor([tokenizer.prefix(instructions)], device=self.device)
+        self.instructions = torch.tensor(
+            [tokenizer.prefix(instructions, think)], device=self.device
+        )
         self.end_ids = torch.tensor(sorted(tokenizer.end_ids), device=self.device)
         self.encode = lru_cache(65536)(lambda state: tuple(tokenizer.suffix(state, think)))
         self.decode = lru_cache(65536)(tokenizer.decode)
@@ -427,7 +437,7 @@ class LanguageAgent:
                 token = sample(table, uniforms[alive, t])
             tokens[alive, t] = token
             logprobs[alive, t] = table.gather(1, token[:, None])[:, 0]
-            going = ~torch.isin(token, self.end_ids)
+            going = (~torch.isin(token, self.end_ids)).nonzero()[:, 0]
             alive = alive[going]
             if t + 1 == self.max_new_tokens or len(alive) == 0:
                 break
@@ -462,9 +472,10 @@ class LanguageAgent:
         return answers
 
     def score(self, answers):
-        """As msgrpo.Policy says: the numbers that `act` gave, with gradient."""
+        """As msgrpo.Policy says: the numbers that `act` gave, up to rounding, with gradient."""
         pairs = list(dict.fromkeys((answer.prompt, answer.response) for answer in answers))
-        # The last token of an answer is not read. A token is predicted one place before its own.
+        # inputs    p0 p1 p2 r0 r1    prompt and response, but for the last token
+        # targets   -1 -1 r0 r1 r2    what is predicted behind each input; -1 does not count
         inputs = [prompt + response[:-1] for prompt, response in pairs]
         targets = [(-1,) * (len(prompt) - 1) + response for prompt, response in pairs]
         targets = torch.tensor(pad(targets, -1), device=self.device)  # (rows, longest)
@@ -903,7 +914,7 @@ def first_tokens(post_processor):
 # Two code points that are no characters, by Unicode's promise:
 QUOTE = "\ufdd0"  # breaks what spells a control token in a user's text
 CUT = "\ufdd1"  # stands where a prompt is cut into instructions and state
-STATES = ("P _", "_ P", "O P", "G P", "(1, 1)")  # how the game's states begin
+STATES = ("P _", "_ P", "O P", "G P", "(row, column) of")  # how the game's states begin
 
 
 def raise_exception(message):

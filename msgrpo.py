@@ -4,12 +4,13 @@ Dilkes, Yazdanpanah, Stein: Reinforced Language Models for Sequential Decision M
 2508.10839 (2025). We could read its abstract, introduction and one caption. What those state is
 marked [paper]; every formula below is our reading.
 
-    TSMG  [paper] A text-mediated stochastic game (S, A, T, r, H): the environment behind an
-    explicit
-          text interface, a map phi: S -> text and a map psi: text -> A or invalid. Here: `Game`.
+    TSMG  [paper] A text-mediated stochastic game (S, A, T, r, H): the environment behind
+          an explicit text interface, a map phi: S -> text and a map psi: text -> A or invalid.
+          Here: `Game`.
     LAP   [paper] A language-agent policy: the model speaks tokens, the game hears actions,
               pi(a|s) = sum over texts y with psi(y) = a of p_theta(y | instructions, phi(s)).
-          Only the current state is in the context, no history [paper]. Here: `Policy`.
+          Training never needs this sum: it uses the probabilities of the sampled tokens. Only
+          the current state is in the context, no history [paper]. Here: `Policy`.
 
 One iteration:
     1. Play groups of G episodes from the same start: same map, independent slips and samples.
@@ -18,8 +19,9 @@ One iteration:
        the population std are over the G episodes, never over steps.
     4. Credit: every token of every step of episode i gets A_i [paper]. `gamma` < 1 is our ablation,
        credit that fades with the distance from the end: gamma^(T_i - 1 - t) A_i.
-    5. AAW: train on K of the N episodes, drawn with P(i) = |A_i| / sum_j |A_j|. [paper: more weight
-       on large absolute advantages; this form, without replacement, is ours.]
+    5. AAW: train on K of the N episodes, drawn one after another, each with probability
+       |A_i| / sum_j |A_j| among those left. [paper: more weight on large absolute advantages; this
+       form, without replacement, is ours.]
     6. Ascend the clipped objective, over the response tokens of the drawn episodes:
        sum of min(rho A, clip(rho, 1 - eps, 1 + eps) A) / tokens, with rho = p_theta / p_old.
 
@@ -27,11 +29,13 @@ What is left out of GRPO: the KL term (no reference model is held), and the mean
 the mean over sequences (it would weight tokens of short answers more). There is no second
 normalisation after the draw.
 
-What is true of step 4. E[grad log pi(a_t|s_t) * (reward earned before t)] = 0. So without std, clip
-and AAW, this is an unbiased policy gradient, up to a factor (G - 1) / G and the random number of
-tokens. It usually has more variance than reward to go. With a reward at the end only and gamma = 1,
-both are the same number. The std rescales groups. AAW follows sum_i |A_i| A_i grad log pi where
-more than K episodes have A != 0: a deliberate bias.
+Why whole-episode credit is allowed: an action cannot change what was earned before it, so earlier
+rewards add noise to the gradient, but no bias: E[grad log pi(a_t|s_t) * (reward before t)] = 0. At
+the first update of an iteration, and without std and AAW, this is an unbiased policy gradient, up
+to a factor (G - 1) / G and the random number of tokens. It usually has more variance than reward
+to go. If the only reward comes at the end and gamma is 1, the two are identical. Two biases are
+deliberate: the std rescales each group, and AAW weights an episode by about |A_i| A_i where more
+than K episodes have A != 0.
 """
 
 from dataclasses import dataclass
@@ -182,9 +186,8 @@ def policy_loss(logprobs, old_logprobs, credit, entropies, clip=0.2, entropy_coe
     Ours: the entropy bonus c H counts only where |log rho| <= log(1 + eps). A bonus without a bound
     can wreck the form of the answers within one iteration.
     """
-    log_ratio = (logprobs - old_logprobs).clamp(
-        -20, 20
-    )  # beyond it exp overflows: no gradient there
+    # exp must not overflow; beyond these bounds there is no gradient
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
     ratio = log_ratio.exp()
     objective = ratio * credit
     clipped_objective = ratio.clamp(1 - clip, 1 + clip) * credit
@@ -253,6 +256,7 @@ def accumulate_gradient(policy, episodes, clip=0.2, entropy_coef=0.0, budget=163
     """Add the gradient of one update's loss on these episodes to the parameters' .grad.
 
     budget: tokens of a micro-batch, about. Returns the update's statistics, as `statistics` says.
+    (train.py has the same loop for several processes.)
     """
     steps = [step for episode in episodes for step in episode]
     scored = steps_to_score(steps, entropy_coef)
@@ -280,8 +284,8 @@ def statistics(sums, tokens, scored_tokens):
 def rescore(policy, episodes, budget=16384):
     """Replace the sampled log-probabilities by those of `policy.score`.
 
-    For rollouts whose numerics are not those of training: the ratio must be 1 before the first
-    update. Returns the mean absolute difference.
+    For rollouts whose numerics are not those of training: before the first update the ratio must be
+    1, up to rounding. Returns the mean absolute difference.
     """
     gaps = []
     for batch in micro_batches([step for episode in episodes for step in episode], budget):

@@ -1,10 +1,10 @@
 """Train a language model to cross frozen lakes by MS-GRPO, evaluate it, watch it play.
 
-    python train.py --tiny                      a transformer from nothing, on a laptop's CPU
-    python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama in Hugging Face's
-    format python train.py --resume DIR                go on with a run that was stopped or killed
-    python train.py --eval DIR, or --play DIR   what a run or a model can do, in figures or move by
-    move torchrun --nproc-per-node N train.py ...    the same by N processes
+    python train.py --tiny                  a transformer from nothing, on a laptop's CPU
+    python train.py --checkpoint DIR        a Hugging Face folder: Llama, Qwen2, Qwen2.5 or Qwen3
+    python train.py --resume DIR            go on with a run that was stopped or killed
+    python train.py --eval DIR              measure a run or a model (--play DIR: watch it move)
+    torchrun --nproc-per-node N train.py ...    the same, on N processes
 
 A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.pt (to resume from),
 model/ (in Hugging Face's format) and summary.json. Random numbers follow from (seed, iteration,
@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 # Threads that wait by spinning take the time of those they wait for: beside other work, a run of
@@ -41,7 +42,10 @@ from frozenlake import SCENARIOS, FrozenLake
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured in results/bench*.
-BFLOAT16_IS_FAST = DEVICE == "cuda" or torch.cpu._is_amx_tile_supported()
+if DEVICE == "cuda":
+    BFLOAT16_IS_FAST = torch.cuda.is_bf16_supported(including_emulation=False)
+else:
+    BFLOAT16_IS_FAST = torch.cpu._is_amx_tile_supported()
 DTYPE = "bfloat16" if BFLOAT16_IS_FAST else "float32"
 
 
@@ -49,11 +53,7 @@ def setting(default, text, low=0, high=1e18, choices=None):
     return field(default=default, metadata={"help": text, "range": (low, high), "choices": choices})
 
 
-GROUPS = {
-    "checkpoint": "the run",
-    "groups": "the method",
-    "dtype": "this machine",
-}  # by first field
+SECTIONS = {"checkpoint": "the run", "groups": "the method", "dtype": "this machine"}  # of --help
 
 
 @dataclass
@@ -102,37 +102,15 @@ class Settings:
     def lake(self, desc, *key, scenario=None):
         """The game on one map, with this run's text and rewards; its luck follows from the key.
 
-        scenario: an evaluation's, for the training scenario in the place.
+        scenario: the one to evaluate on; None: the training one, with the settings' `max_steps`.
         """
         rules = SCENARIOS[scenario or self.scenario]
         max_steps = rules.max_steps
         if scenario is None and self.max_steps:
             max_steps = self.max_steps
         rng = generator(*key)
-        text = (self.invalid_penalty, self.coordinates, self.think)
-        return FrozenLake(desc, rules.success_rate, max_steps, rng, *text)
-
-
-TINY = dict(  # what differs for a model that is born here, and why
-    iterations=240,
-    groups=64,  # many maps, few episodes of each
-    group_size=8,
-    update_episodes=64,
-    normalize_std=False,  # the std blows up groups that are nearly all alike
-    replay=0.5,  # late in training, most new groups are all alike and teach nothing
-    explore=128,  # on the last maps that it always fails, the policy is sure of what it does
-    entropy_coef=0.05,  # keeps groups mixed
-    invalid_penalty=0.5,  # keeps the answers' form
-    learning_rate=1e-3,
-    final_rate=0.05,
-    grad_clip=0.1,  # gradients grow tenfold when the model begins to look at the map
-    temperature=1.0,
-    max_new_tokens=3,
-    warmup_steps=200,
-    dtype="float32",
-    device="cpu",
-    threads=2,
-)
+        options = (self.invalid_penalty, self.coordinates, self.think)
+        return FrozenLake(desc, rules.success_rate, max_steps, rng, *options)
 
 
 def generator(*key):
@@ -140,24 +118,22 @@ def generator(*key):
     return np.random.default_rng([len(key), *key])
 
 
-def iterate(player, trainee, learner, iteration, failed):
+def iterate(player, trainee, learner, iteration, replay_pool):
     """One iteration of MS-GRPO, by the steps of msgrpo.py; returns its metrics.
 
-    player plays, trainee has the weights that are trained. failed: up to 256 maps to return to,
-    kept up to date here. The metric `success` is of newly drawn maps alone.
+    player plays, trainee has the weights that are trained. replay_pool: at most 256 maps on which
+    an episode failed, kept up to date here. The metric `success` is of newly drawn maps alone.
     """
-    began = time.perf_counter()
     s = learner.settings
     rng = generator(s.seed, iteration, 0)
 
     # 1. Play groups of episodes, each group on one map
-    maps, replayed, waiting = choose_maps(s, failed, rng)
+    maps, replayed, remaining = choose_maps(s, replay_pool, rng)
     games = [
         s.lake(desc, s.seed, iteration, group, episode)
         for group, desc in enumerate(maps)
         for episode in range(s.group_size)
     ]
-    STATUS.doing(f"iteration {iteration}: playing {len(games)} episodes")
     player.refresh()
     episodes, rollout_gap = play_all(player, games, s)
     success = np.array([episode[-1].success for episode in episodes])
@@ -173,46 +149,27 @@ def iterate(player, trainee, learner, iteration, failed):
     msgrpo.assign_credit(episodes, advantages, s.gamma)
 
     # 5. Draw the episodes to train on
-    STATUS.doing(f"iteration {iteration}: learning")
     count = max(1, round(s.keep * len(episodes)))
     drawn = msgrpo.draw_episodes(advantages, s.sampling, count, rng)
     drawn = explore(drawn, success, s, rng)
 
     # 6. Ascend the clipped objective
-    rate = learning_rate(s, iteration)
-    updates = learn(trainee, learner, episodes, advantages, drawn, rate)
+    updates = learn(trainee, learner, episodes, advantages, drawn, learning_rate(s, iteration))
 
     lost = [desc for desc, won in zip(maps, success.all(1)) if not won]
-    failed[:] = (waiting + lost)[-256:]
+    replay_pool[:] = (remaining + lost)[-256:]
     metrics = summarize(episodes, returns, success, replayed, updates)
-    metrics["iteration"] = iteration
-    metrics["learning_rate"] = rate
     metrics["rollout_gap"] = rollout_gap
     metrics["nonzero_episodes"] = int((advantages != 0).sum())
     metrics["drawn_episodes"] = len(drawn)
-    tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
-    metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
     return metrics
-
-
-def choose_maps(s, failed, rng):
-    """A map for each group, how many of them are replayed, and the failed maps that are left.
-
-    Ours: up to `replay` of the groups return to maps of `failed`. They come first.
-    """
-    waiting = list(failed)
-    replayed = min(len(failed), round(s.replay * s.groups))
-    maps = [waiting.pop(rng.integers(len(waiting))) for _ in range(replayed)]
-    while len(maps) < s.groups:
-        maps.append(frozenlake.draw_map(SCENARIOS[s.scenario], rng))
-    return maps, replayed, waiting
 
 
 def play_all(player, games, s):
     """The games' episodes, of which each process plays its share.
 
-    Also the mean gap between the log-probabilities of sampling and of training. In float32 both are
-    the same numbers, and it is None.
+    Also the mean gap between the log-probabilities of sampling and of training. In float32 they are
+    equal up to rounding: it is not measured, and None.
     """
     mine = play_share(player, games)
     if s.dtype == "float32":
@@ -221,24 +178,11 @@ def play_all(player, games, s):
     return gather(mine), np.mean(gather([gap]))
 
 
-def explore(drawn, success, s, rng):
-    """Ours: add up to `explore` episodes of groups that never succeeded, for the entropy bonus."""
-    failed_groups = ~success.any(1)
-    candidates = np.flatnonzero(np.repeat(failed_groups, s.group_size))
-    added = rng.permutation(candidates)[: s.explore]
-    return sorted({*drawn, *added.tolist()})
-
-
-def learning_rate(s, iteration):
-    """Ours: a ramp of ten iterations, then a straight line down to `final_rate` of the peak."""
-    times = [0, 10, max(11, s.iterations)]
-    return s.learning_rate * np.interp(iteration, times, [0, 1, s.final_rate])
-
-
 def learn(trainee, learner, episodes, advantages, drawn, rate):
     """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
 
-    Ours: the steps end where the policy is further than `max_gap` from the one that played.
+    Ours: the steps end where the policy is further than `max_gap` from the one that played. The gap
+    comes with the pass, whose gradient is then thrown away.
     """
     s = learner.settings
     if not drawn:
@@ -247,7 +191,7 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
     for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))):
         if not s.entropy_coef and not advantages[part].any():
             continue  # nothing to learn from
-        can_stop = not updates  # later, the weights are no longer those of the iteration's start
+        can_stop = not updates  # while the weights are still those of the iteration's start
         update = accumulate_gradient(trainee, [episodes[i] for i in part], s, can_stop)
         if update["logprob_gap"] > s.max_gap:
             learner.optimizer.zero_grad()
@@ -258,20 +202,21 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
     return updates
 
 
-def evaluate(learner, name, greedy=True, episodes=None):
+def evaluate(learner, name, greedy=True, limit=None):
     """Success on held-out maps beside that of players who do not learn: printed and returned.
 
     4x4 without slipping: each held-out map once, so that greedy figures are exact; `success`
     weights a map by its probability. Otherwise the same `eval_episodes` episodes every time, with
-    half of Wilson's 95 % interval. episodes: at most so many, for `eval_episodes`.
+    half of Wilson's 95 % interval. limit: episodes, instead of `eval_episodes`.
     """
     s = learner.settings
     scenario = SCENARIOS[name]
-    maps, weights, exact = evaluation_maps(scenario, episodes or s.eval_episodes)
+    maps, weights, exact = evaluation_maps(scenario, limit or s.eval_episodes)
     lakes = [s.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
-    STATUS.doing(f"evaluating {name}: {len(lakes)} episodes")
-    player = learner.player(lakes[0].instructions)
-    episodes = gather(msgrpo.play(player, share(lakes), greedy, STATUS.detail))
+    STATUS.doing(f"evaluating {name}")
+    policy = learner.player(lakes[0].instructions)
+    after_round = partial(STATUS.detail, "playing")
+    episodes = gather(msgrpo.play(policy, share(lakes), greedy, after_round))
     success = np.array([episode[-1].success for episode in episodes], float)
     mean = float(weights @ success)
     valid = [step.valid for episode in episodes for step in episode]
@@ -283,28 +228,18 @@ def evaluate(learner, name, greedy=True, episodes=None):
         "episodes": len(maps),
     }
     baselines = [frozenlake.baselines(lake) for lake in lakes]
-    for player in baselines[0]:
-        figures[player] = float(weights @ [of_lake[player] for of_lake in baselines])
+    for other in baselines[0]:
+        figures[other] = float(weights @ [of_lake[other] for of_lake in baselines])
     say(f"{name:12s}", *(f"{key} {value:<6.3g}" for key, value in figures.items()))
     return figures
 
 
-def evaluation_maps(scenario, episodes):
-    """(held-out maps, their weights, are they all there are?): at most so many episodes."""
-    if scenario.size == 4 and scenario.success_rate == 1:
-        maps, weights = frozenlake.held_out_maps(scenario)
-        if len(maps) <= episodes:
-            return maps, weights, True
-    rng = generator(0)
-    maps = [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(episodes)]
-    return maps, np.full(episodes, 1 / episodes), False
-
-
-# Below: what runs it. Processes, the learner's weights, the tiny model, saving and resuming, the
-# command line.
+# Below: the machinery around the method. Processes, the learner's weights, the tiny model, saving
+# and resuming, the command line.
 
 # torchrun sets these. All processes draw the same numbers and keep the same books; they share the
-# playing, the passes of an update, and the float32 state. One alone gets back what it gives.
+# playing, the passes of an update, and the float32 state. With one, `share` and `gather` give back
+# what they get.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -327,7 +262,7 @@ def play_share(player, games):
     """This process's share of the episodes. Raises Stopped on all processes if one is asked to."""
 
     def after_round(done, total):
-        STATUS.detail(done, total)
+        STATUS.detail("playing", done, total)
         if INTERRUPTS.asked:
             raise Stopped
 
@@ -355,18 +290,47 @@ def share_passes(steps, budget):
 
 
 def accumulate_gradient(trainee, episodes, s, can_stop):
-    """msgrpo.accumulate_gradient, with its passes shared by the processes."""
+    """As msgrpo.accumulate_gradient, with its passes shared by the processes."""
     steps = [step for episode in episodes for step in episode]
     scored = msgrpo.steps_to_score(steps, s.entropy_coef)
     tokens = msgrpo.count_tokens(steps)
     sums = torch.zeros(4, dtype=torch.float64)
-    for batch, weight in share_passes(scored, s.micro_batch_tokens):
+    passes = share_passes(scored, s.micro_batch_tokens)
+    for i, (batch, weight) in enumerate(passes):
+        STATUS.detail("learning", i, len(passes))
         stop_if(can_stop and INTERRUPTS.asked)
         # The processes' gradients are averaged, not added: hence the factor
         scale = weight * WORLD
         sums += weight * msgrpo.backward(trainee, batch, tokens, s.clip, s.entropy_coef, scale)
     sums = sum(gather([sums]))
     return msgrpo.statistics(sums, tokens, msgrpo.count_tokens(scored))
+
+
+def choose_maps(s, replay_pool, rng):
+    """A map for each group, how many of them are replayed, and what remains of the pool.
+
+    Ours: up to `replay` of the groups return to maps of the pool. They come first.
+    """
+    remaining = list(replay_pool)
+    replayed = min(len(remaining), round(s.replay * s.groups))
+    maps = [remaining.pop(rng.integers(len(remaining))) for _ in range(replayed)]
+    while len(maps) < s.groups:
+        maps.append(frozenlake.draw_map(SCENARIOS[s.scenario], rng))
+    return maps, replayed, remaining
+
+
+def explore(drawn, success, s, rng):
+    """Ours: add up to `explore` episodes of groups that never succeeded, for the entropy bonus."""
+    without_success = ~success.any(1)  # (groups,)
+    candidates = np.flatnonzero(np.repeat(without_success, s.group_size))
+    added = rng.permutation(candidates)[: s.explore]
+    return sorted({*drawn, *added.tolist()})
+
+
+def learning_rate(s, iteration):
+    """Ours: a ramp of ten iterations, then a straight line down to `final_rate` of the peak."""
+    times = [0, 10, max(11, s.iterations)]
+    return s.learning_rate * np.interp(iteration, times, [0, 1, s.final_rate])
 
 
 class Stopped(Exception):
@@ -380,7 +344,10 @@ def stop_if(asked):
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM end a run at the next safe place; once more ends it at once."""
+    """Ctrl-C and SIGTERM end a run at the next safe place; once more ends it at once.
+
+    torchrun kills its processes after 30 s: where saving takes longer, the last saved state stays.
+    """
 
     signals = (signal.SIGINT, signal.SIGTERM)
     asked = False
@@ -411,7 +378,7 @@ class Status:
         self.more = ""
         self.since = 0.0
         self.ended = threading.Event()
-        self.is_terminal = sys.stderr.isatty()
+        self.is_terminal = RANK == 0 and sys.stderr.isatty()
 
     def __enter__(self):
         self.ended.clear()
@@ -436,8 +403,8 @@ class Status:
         self.more = ""
         self.since = time.perf_counter()
 
-    def detail(self, done, total):
-        self.more = f", {done} of {total} done"
+    def detail(self, what, done, total):
+        self.more = f", {what}: {done} of {total} done"
 
 
 STATUS = Status()
@@ -469,7 +436,10 @@ class Learner:
         with lm.blaming(f"--device {s.device}"):  # such as cuda:9
             self.place(model)
         self.trainee_model().model.recompute = s.recompute
-        self.optimizer = torch.optim.AdamW(self.master.parameters(), betas=(0.9, 0.99), fused=True)
+        weights = self.master.parameters()
+        self.optimizer = torch.optim.AdamW(
+            weights, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )  # [author], but for .99: ours, as a run has few updates
 
     def place(self, model):
         """Put the model on the device, and make the copy where one is needed."""
@@ -529,7 +499,7 @@ class Learner:
         from torch.distributed.checkpoint import state_dict  # here, as importing it takes a second
 
         options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        # Before the first update torch would make moments, by an update that counts
+        # Before the first update there are no moments: torch would make some by a step of its own
         optimizer = self.optimizer if self.optimizer.state else ()
         weights, moments = state_dict.get_state_dict(self.master, optimizer, options=options)
         return {"weights": weights, "moments": moments}
@@ -539,7 +509,9 @@ class Learner:
         from torch.distributed.checkpoint import state_dict
 
         if moments:
-            options = state_dict.StateDictOptions(True, broadcast_from_rank0=WORLD > 1)
+            options = state_dict.StateDictOptions(
+                full_state_dict=True, broadcast_from_rank0=WORLD > 1
+            )
             set_moments = state_dict.set_optimizer_state_dict
             set_moments(self.master, self.optimizer, moments, options=options)
 
@@ -567,6 +539,28 @@ def shard(model, dtype, device):
         fsdp.fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     for method in ("hidden", "token_logprobs"):
         fsdp.register_fsdp_forward_method(model, method)
+
+
+TINY = dict(  # what differs for a model that is born here, and why
+    iterations=240,
+    groups=64,  # many maps, few episodes of each
+    group_size=8,
+    update_episodes=64,
+    normalize_std=False,  # the std blows up groups that are nearly all alike
+    replay=0.5,  # late in training, most new groups are all alike and teach nothing
+    explore=128,  # maps that always fail give no gradient; the bonus keeps the policy unsure there
+    entropy_coef=0.05,  # keeps groups mixed
+    invalid_penalty=0.5,  # keeps the answers' form
+    learning_rate=1e-3,
+    final_rate=0.05,
+    grad_clip=0.1,  # gradients grow tenfold when the model begins to look at the map
+    temperature=1.0,
+    max_new_tokens=3,
+    warmup_steps=200,
+    dtype="float32",
+    device="cpu",
+    threads=2,
+)
 
 
 def tiny_start(s):
@@ -611,7 +605,7 @@ def warm_up(trainee, learner):
             action = rng.choice(frozenlake.ACTIONS)
             answer = learner.tokenizer.encode(f"<action>{action}</action>")
             ids = (*trainee.encode(lake.observation()), *answer)
-            texts.append(msgrpo.Answer(prompt=ids[:1], response=ids[1:]))
+            texts.append(msgrpo.Answer(prompt=ids[:1], response=ids[1:]))  # all but the first
         logprobs, _ = trainee.score(texts)
         (-logprobs.mean()).backward()
         ramp = min(1, (i + 1) / 10)
@@ -643,6 +637,17 @@ def summarize(episodes, returns, success, replayed, tried):
         values = [update[key] for update in updates]
         metrics[key] = np.average(values, weights=tokens) if updates else None
     return metrics
+
+
+def evaluation_maps(scenario, episodes):
+    """(held-out maps, their weights, are they all there are?): at most so many episodes."""
+    if scenario.size == 4 and scenario.success_rate == 1:
+        maps, weights = frozenlake.held_out_maps(scenario)
+        if len(maps) <= episodes:
+            return maps, weights, True
+    rng = generator(0)
+    maps = [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(episodes)]
+    return maps, np.full(episodes, 1 / episodes), False
 
 
 def half_interval(mean, weights):
@@ -704,13 +709,19 @@ def train(learner, out, state):
         for iteration in range(len(history) + 1, s.iterations + 1):
             try:
                 stop_if(INTERRUPTS.asked)
-                metrics = iterate(player, trainee, learner, iteration, state["failed"])
+                STATUS.doing(f"iteration {iteration}")
+                began = time.perf_counter()
+                metrics = iterate(player, trainee, learner, iteration, state["replay_pool"])
             except Stopped:
                 save_state(out, state, learner)
                 raise KeyboardInterrupt from None
+            tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
+            metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
             if s.eval_every and iteration % s.eval_every == 0:
                 metrics["unseen_success"] = evaluate(learner, "noslip")["success"]
             metrics["seconds"] = time.perf_counter() - clock
+            metrics["iteration"] = iteration
+            metrics["learning_rate"] = learning_rate(s, iteration)
             ends = [*ends[-10:], metrics["seconds"]]
             history.append(to_json(metrics) + "\n")
             write(out / "metrics.jsonl", "".join(history))
@@ -718,6 +729,8 @@ def train(learner, out, state):
             check_learning(history)
             if iteration % s.checkpoint_every == 0 or iteration == s.iterations:
                 save_state(out, state, learner)
+        if any(gather([INTERRUPTS.asked])):
+            raise KeyboardInterrupt
     finish(learner, out, state, clock)
 
 
@@ -752,8 +765,8 @@ def start(learner, trainee, lake):
     say(f"{parameters:,} parameters. A prompt, as the model reads it:\n")
     say(learner.tokenizer.decode(prompt) + "\n")
     say("before MS-GRPO, sampled:")
-    before = evaluate(learner, "noslip", greedy=False, episodes=100)
-    return {"before": before, "failed": [], "history": []}
+    before = evaluate(learner, "noslip", greedy=False, limit=100)
+    return {"before": before, "replay_pool": [], "history": []}
 
 
 def save_state(out, state, learner):
@@ -781,9 +794,9 @@ def finish(learner, out, state, clock):
     }
     write(out / "summary.json", json.dumps(summary))
     play_one(learner)
-    last = [json.loads(line) for line in state["history"]]
-    if not any(m["updates"] for m in last):
-        say("nothing was learned, the model is as it was: " + advice(last[-1]))
+    lines = [json.loads(line) for line in state["history"]]
+    if not any(m["updates"] for m in lines):
+        say("nothing was learned, the model is as it was: " + advice(lines[-1]))
     say(f"{summary['seconds']:.0f} s. The model is in {out}/model, figures in {out}/summary.json.")
     command = f"    python {sys.argv[0]}"
     folder = shlex.quote(str(out))
@@ -857,8 +870,8 @@ def make_parser():
     )
     group = parser
     for f in fields(Settings):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
+        if f.name in SECTIONS:  # the first of a section
+            group = parser.add_argument_group(SECTIONS[f.name])
         if f.name == "checkpoint":
             continue  # a mode
         text = f"{f.metadata['help']} (default {f.default}, tiny {TINY.get(f.name, f.default)})"

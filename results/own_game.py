@@ -53,7 +53,7 @@ class Words:
     size = len(words)
     end_ids = frozenset(range(size))
 
-    def prefix(self, text):
+    def prefix(self, text, think=False):
         return [self.words.index(word) for word in text.split()]
 
     def suffix(self, text, think=False):
