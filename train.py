@@ -904,10 +904,10 @@ def run(argv, agent_class):
     given = vars(make_parser().parse_args(argv))
     mode = next(mode for mode in ("tiny", *MODES) if mode in given)
     folder = Path(given.pop(mode))
-    out = given.pop("out", None)
     for name in given:
         allowed = mode not in TAKES or name in TAKES[mode]
         lm.ensure(allowed, f"--{mode} takes no --{name.replace('_', '-')}")
+    out = given.pop("out", None)
     settings = read_settings(mode, folder, given)
     join_processes(settings.device)
     STATUS.doing("loading the model")
