@@ -1,16 +1,18 @@
-"""All tests, from the method outwards: arithmetic, the game, rollouts, the loss, the model, files of others,
-the command line, resuming, learning.
+"""All tests, from the method outwards: arithmetic, the game, rollouts, the loss, the model, what is
+trained, evaluation, the command line, resuming, several processes, learning.
 
-What can be computed in a second, slower way is compared with that; what only transformers knows lies in
-testdata/ (made by testdata/golden.py). Runs of train.py are calls of train.main in this process.
+What can be computed in a second, slower way is compared with that. What only transformers knows
+lies in testdata/, made by testdata/golden.py. Runs of train.py are calls of train.main.
 """
 
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -29,73 +31,15 @@ import model as lm
 import msgrpo
 import train
 from frozenlake import ACTIONS, SCENARIOS, FrozenLake
+from msgrpo import Answer, Step
 
-torch.set_num_threads(1)
 DATA = Path(__file__).parent / "testdata"
 
 
-MAPS = {
-    "4x4": "SFFF FHFH FFFH HFFG".split(),  # Gymnasium's two fixed maps
-    "8x8": "SFFFFFFF FFFFFFFF FFFHFFFF FFFFFHFF FFFHFFFF FHHFFFHF FHFFHFHF FFFHFFFG".split(),
-}
-
-
-# The method: advantages, credit, the draw
-
-
-@pytest.mark.parametrize(
-    "returns, normalize, expected",
-    [
-        ([[0, 0, 0, 1]], False, [[-0.25, -0.25, -0.25, 0.75]]),
-        (
-            [[0, 0, 0, 1]],
-            True,
-            [[-0.57735, -0.57735, -0.57735, 1.73205]],
-        ),  # population std: sqrt(3) / 4
-        (
-            [[1, 2], [30, 10]],
-            False,
-            [[-0.5, 0.5], [10, -10]],
-        ),  # each group by itself, in its own order
-        ([[1, 2], [30, 10], [5, 5]], True, [[-1, 1], [1, -1], [0, 0]]),
-    ],
-)
-def test_advantages_by_hand(returns, normalize, expected):
-    got = msgrpo.episode_advantages(torch.tensor(returns, dtype=torch.float32), normalize)
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float32), atol=1e-5, rtol=0)
-
-
-def test_group_without_variance_has_exactly_no_advantage():
-    for value, size, std in itertools.product(
-        (0, 1, 0.1, 1 / 3, -0.7, 1e6 + 0.1), range(2, 18), (True, False)
-    ):
-        assert not msgrpo.episode_advantages(torch.full((3, size), value), std).any()
-
-
-def test_number_of_steps_does_not_change_credit():
-    steps = [msgrpo.Step((1,), (2,)) for _ in range(4)]
-    four, three = steps[:4], [dataclasses.replace(step) for step in steps[:3]]
-    for kwargs, expected in (
-        ({}, ([8] * 4, [2] * 3)),
-        ({"gamma": 0.5}, ([1, 2, 4, 8], [0.5, 1, 2])),
-        ({"gamma": 0.0}, ([0, 0, 0, 8], [0, 0, 2])),
-    ):
-        msgrpo.assign_credit([four, three], torch.tensor([8.0, 2.0]), **kwargs)
-        assert tuple([step.credit for step in episode] for episode in (four, three)) == expected
-
-
-def test_aaw_probabilities():
-    assert msgrpo.aaw_probabilities(torch.tensor([1.0, -2, 0, 1])).tolist() == [0.25, 0.5, 0, 0.25]
-    with pytest.raises(ValueError):
-        msgrpo.aaw_probabilities(torch.zeros(4))
-    rng = random.Random(0)
-    for std, size in itertools.product(
-        (True, False), range(2, 20)
-    ):  # successes and failures get 1/2 each
-        won = rng.randrange(1, size)
-        returns = torch.tensor([rng.sample([1.0] * won + [0.0] * (size - won), size)])
-        p = msgrpo.aaw_probabilities(msgrpo.episode_advantages(returns, std)[0])
-        assert (p.sum().item(), p[returns[0] == 1].sum().item()) == pytest.approx((1, 0.5))
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A run sets the number of threads."""
+    torch.set_num_threads(1)
 
 
 def near(count, n, p):
@@ -103,43 +47,124 @@ def near(count, n, p):
     return abs(count - n * p) <= 4 * (n * p * (1 - p)) ** 0.5
 
 
-def test_draws():
-    advantages, rng = torch.tensor([0, 1, -2, 0, 0.5, -0.5]), np.random.default_rng(0)
-    for sampling, count, p in (
-        ("aaw", 1, (advantages.abs() / 4).tolist()),
-        ("uniform", 3, [0.5] * 6),
-    ):
-        draws = [msgrpo.draw_episodes(advantages, sampling, count, rng) for _ in range(3000)]
-        counts = Counter(sum(draws, []))
-        assert all(near(counts[i], 3000, p[i]) for i in range(6))  # none where p is 0
-    for count in (3, 6):  # never more than there are with an advantage
-        draws = [msgrpo.draw_episodes(advantages, "aaw", count, rng) for _ in range(200)]
-        assert {*sum(draws, [])} == {1, 2, 4, 5} and {*map(len, draws)} == {min(count, 4)}
-        assert all(draw == sorted({*draw}) for draw in draws)
-    assert msgrpo.draw_episodes(advantages, "all", 3, rng) == list(range(6))
+# The method: advantages, credit, the draw
+
+
+@pytest.mark.parametrize(
+    "returns, normalize_std, expected",
+    [
+        ([[0, 0, 0, 1]], False, [[-0.25, -0.25, -0.25, 0.75]]),
+        ([[0, 0, 0, 1]], True, [[-(3**-0.5)] * 3 + [3**0.5]]),  # the population's std: sqrt(3) / 4
+        ([[1, 2], [30, 10]], False, [[-0.5, 0.5], [10, -10]]),  # each group by itself
+        ([[1, 2], [30, 10], [5, 5]], True, [[-1, 1], [1, -1], [0, 0]]),
+    ],
+)
+def test_advantages_by_hand(returns, normalize_std, expected):
+    found = msgrpo.episode_advantages(torch.tensor(returns), normalize_std)
+    torch.testing.assert_close(found, torch.tensor(expected).float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("normalize_std", [True, False])
+@pytest.mark.parametrize("value", [0, 1, 0.1, 1 / 3, -0.7, 1e6 + 0.1])
+def test_a_group_of_equal_returns_has_exactly_no_advantage(value, normalize_std):
+    for size in range(2, 18):
+        returns = torch.full((3, size), value)
+        assert not msgrpo.episode_advantages(returns, normalize_std).any()
+
+
+@pytest.mark.parametrize(
+    "gamma, of_four_steps, of_three_steps",
+    [
+        (1.0, [8, 8, 8, 8], [2, 2, 2]),
+        (0.5, [1, 2, 4, 8], [0.5, 1, 2]),
+        (0.0, [0, 0, 0, 8], [0, 0, 2]),
+    ],
+)
+def test_credit_fades_with_the_distance_from_the_end(gamma, of_four_steps, of_three_steps):
+    """And an episode's number of steps does not change what its last ones are paid."""
+    episodes = [[Step(Answer((1,), (2,))) for _ in range(count)] for count in (4, 3)]
+    msgrpo.assign_credit(episodes, torch.tensor([8.0, 2.0]), gamma)
+    credit = [[step.credit for step in episode] for episode in episodes]
+    assert credit == [of_four_steps, of_three_steps]
+
+
+def test_aaw_probabilities_by_hand():
+    found = msgrpo.aaw_probabilities(torch.tensor([1.0, -2, 0, 1]))
+    assert found.tolist() == [0.25, 0.5, 0, 0.25]
+    with pytest.raises(ValueError, match="zero"):
+        msgrpo.aaw_probabilities(torch.zeros(4))
+
+
+@pytest.mark.parametrize("normalize_std", [True, False])
+def test_aaw_gives_successes_half_of_the_probability(normalize_std):
+    for size in range(2, 20):
+        for successes in range(1, size):
+            returns = torch.arange(size) < successes
+            advantages = msgrpo.episode_advantages(returns[None].float(), normalize_std)[0]
+            probabilities = msgrpo.aaw_probabilities(advantages)
+            assert probabilities[returns].sum().item() == pytest.approx(0.5)
+
+
+DRAWN_FROM = torch.tensor([0, 1, -2, 0, 0.5, -0.5])
+
+
+@pytest.mark.parametrize(
+    "sampling, count, probabilities",
+    [("aaw", 1, [0, 1 / 4, 1 / 2, 0, 1 / 8, 1 / 8]), ("uniform", 3, [1 / 2] * 6)],
+)
+def test_draws_have_their_frequencies(sampling, count, probabilities):
+    rng = np.random.default_rng(0)
+    counts = Counter()
+    for _ in range(3000):
+        counts.update(msgrpo.draw_episodes(DRAWN_FROM, sampling, count, rng))
+    for i, p in enumerate(probabilities):
+        assert near(counts[i], 3000, p)
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_aaw_draws_no_episode_twice_and_none_without_advantage(count):
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(200):
+        drawn = msgrpo.draw_episodes(DRAWN_FROM, "aaw", count, rng)
+        assert len(drawn) == min(count, 4)
+        assert drawn == sorted(set(drawn))
+        seen.update(drawn)
+    assert seen == {1, 2, 4, 5}
+
+
+def test_draws_at_their_limits():
+    rng = np.random.default_rng(0)
     assert msgrpo.draw_episodes(torch.zeros(6), "aaw", 3, rng) == []
+    assert msgrpo.draw_episodes(DRAWN_FROM, "uniform", 9, rng) == [0, 1, 2, 3, 4, 5]
+    assert msgrpo.draw_episodes(DRAWN_FROM, "all", 3, rng) == [0, 1, 2, 3, 4, 5]
 
 
 # The game
 
+MAPS = {  # Gymnasium's two
+    "4x4": "SFFF FHFH FFFH HFFG".split(),
+    "8x8": "SFFFFFFF FFFFFFFF FFFHFFFF FFFFFHFF FFFHFFFF FHHFFFHF FHFFHFHF FFFHFFFG".split(),
+}
+
 
 @pytest.mark.parametrize(
-    "name, rate, steps, optimal, uniform",
+    "name, success_rate, steps, optimal, uniform",
     [
         ("4x4", 1 / 3, 100, 0.7442, 0.0139),
         ("4x4", 0.8, 100, 0.8940, 0.0139),
         ("8x8", 1 / 3, 200, 0.9132, 0.0019),
     ],
 )
-def test_success_bounds_are_the_known_ones(name, rate, steps, optimal, uniform):
-    got = FrozenLake(MAPS[name], rate, steps).success_bounds()
-    assert got == pytest.approx((optimal, uniform), abs=5e-5)
+def test_baselines_are_the_known_ones(name, success_rate, steps, optimal, uniform):
+    found = frozenlake.baselines(FrozenLake(MAPS[name], success_rate, steps))
+    assert found["optimal"] == pytest.approx(optimal, abs=5e-5)
+    assert found["random"] == pytest.approx(uniform, abs=5e-5)
 
 
 @pytest.mark.parametrize(
-    "rate, state, action, expected",
-    [  # Gymnasium's P[state][action] on the 4x4 map
-        (1, 0, 0, [(1, 0, 0, False)]),
+    "success_rate, state, action, expected",
+    [
         (1, 0, 1, [(1, 4, 0, False)]),
         (1, 4, 2, [(1, 5, 0, True)]),
         (1, 14, 2, [(1, 15, 1, True)]),
@@ -149,47 +174,60 @@ def test_success_bounds_are_the_known_ones(name, rate, steps, optimal, uniform):
         (1 / 3, 14, 2, [(1 / 3, 14, 0, False), (1 / 3, 15, 1, True), (1 / 3, 10, 0, False)]),
         (0.8, 6, 3, [(0.1, 7, 0, True), (0.8, 2, 0, False), (0.1, 5, 0, True)]),
         (0.8, 13, 0, [(0.1, 9, 0, False), (0.8, 12, 0, True), (0.1, 13, 0, False)]),
-        (1 / 3, 12, 1, [(1, 12, 0, True)]),
     ],
 )
-def test_transitions_are_gymnasiums(rate, state, action, expected):
-    got = FrozenLake(MAPS["4x4"], rate).transitions(state, action)
-    assert [outcome[1:] for outcome in got] == [outcome[1:] for outcome in expected]
-    assert [p for p, *_ in got] == pytest.approx([p for p, *_ in expected])
+def test_transitions_are_gymnasiums(success_rate, state, action, expected):
+    found = FrozenLake(MAPS["4x4"], success_rate).transitions(state, action)
+    assert [outcome[1:] for outcome in found] == [outcome[1:] for outcome in expected]
+    assert [outcome[0] for outcome in found] == pytest.approx([outcome[0] for outcome in expected])
 
 
-def test_slips_have_their_frequencies_and_take_one_draw():
-    counts, rng = Counter(), np.random.default_rng(0)
+def test_slips_have_their_frequencies():
+    rng = np.random.default_rng(0)
+    counts = Counter()
     for _ in range(3000):
-        lake = FrozenLake(MAPS["4x4"], 0.8, 8, rng)
+        lake = FrozenLake(MAPS["4x4"], 0.8, rng=rng)
         lake.state = 6
         lake.step("<action>up</action>")
         counts[lake.state] += 1
-    assert all(near(counts[state], 3000, p) for state, p in ((2, 0.8), (5, 0.1), (7, 0.1)))
-    for text, draws in (("<action>left</action>", 1), ("up", 0)):
-        rng, twin = np.random.default_rng(1), np.random.default_rng(1)
-        lake = FrozenLake(MAPS["4x4"], 0.8, 8, rng)
-        lake.step(text)
-        twin.random(draws)
-        assert rng.random() == twin.random()
+    assert near(counts[2], 3000, 0.8)
+    assert near(counts[5], 3000, 0.1)
+    assert near(counts[7], 3000, 0.1)
+
+
+@pytest.mark.parametrize("text, draws", [("<action>left</action>", 1), ("up", 0)])
+def test_a_valid_move_takes_one_draw(text, draws):
+    rng = np.random.default_rng(1)
+    twin = np.random.default_rng(1)
+    FrozenLake(MAPS["4x4"], 0.8, rng=rng).step(text)
+    twin.random(draws)
+    assert rng.random() == twin.random()
 
 
 def test_episodes_and_their_rewards():
     lake = FrozenLake(["SF", "HG"], max_steps=4, invalid_penalty=0.5)
-    assert lake.step("left") == (-0.5, False, False) and lake.state == 0
-    assert lake.step("<action>right</action>") == (0, False, True) and not lake.success
-    assert lake.step("<action>down</action>") == (1, True, True) and lake.success
+    assert lake.step("left") == (-0.5, False, False)
+    assert lake.state == 0
+    assert lake.step("<action>right</action>") == (0, False, True)
+    assert not lake.success
+    assert lake.step("<action>down</action>") == (1, True, True)
+    assert lake.success
+
+    lake = FrozenLake(["SF", "HG"])
+    assert lake.step("<action>down</action>") == (0, True, True)  # a hole
+    assert not lake.success
+
     lake = FrozenLake(["SF", "HG"], max_steps=2)
     assert lake.step("<action>left</action>") == (0, False, True)
     assert lake.step("nonsense") == (0, True, False)  # the horizon
-    lake = FrozenLake(["SF", "HG"])
-    assert lake.step("<action>down</action>") == (0, True, True) and not lake.success
 
 
 @pytest.mark.parametrize(
     "text, action",
     [
-        *((f"<action>{word}</action>", i) for i, word in enumerate(ACTIONS)),
+        ("<action>left</action>", 0),
+        ("<action>down</action>", 1),
+        ("<action>right</action>", 2),
         ("<action> \nUP\t</action>", 3),
         ("<think>left? <action>left</action></think><action>down</action> done", 1),
         ("up", None),
@@ -211,99 +249,131 @@ def test_parser(text, action):
 
 def test_random_text_never_raises():
     rng = random.Random(0)
-    parts = [
-        "<action>",
-        "</action>",
-        "up",
-        "left",
-        " ",
-        "\n",
-        "<",
-        "\0",
-        "\ud800",
-        "é",
-        "İ",
-        "日",
-        "9" * 99,
-    ]
+    parts = ["<action>", "</action>", "up", "left", " ", "\n", "<", "\0", "\ud800", "é", "İ", "日"]
     for _ in range(2000):
         text = "".join(rng.choices(parts, k=rng.randrange(7)))
-        assert FrozenLake(["SF", "FG"]).step(text)[2] == (frozenlake.parse_action(text) in range(4))
+        _, _, valid = FrozenLake(["SF", "FG"]).step(text)
+        assert valid == (frozenlake.parse_action(text) is not None)
+
+
+def scenario_lake(name, **options):
+    scenario = SCENARIOS[name]
+    desc = frozenlake.draw_map(scenario, np.random.default_rng(0))
+    return FrozenLake(desc, scenario.success_rate, scenario.max_steps, **options)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_texts_say_what_is_so(name):
-    s, rng = SCENARIOS[name], np.random.default_rng(0)
-    for _ in range(5):
-        desc = frozenlake.draw_map(s, rng)
-        lake = FrozenLake(desc, s.success_rate, s.max_steps, coordinates=True)
-        text = lake.instructions
-        assert f"{s.size} rows and {s.size} columns" in text and f"{s.max_steps} steps" in text
-        assert ("not slippery" in text) == (s.success_rate == 1) == ("0.33" not in text)
-        assert "<action>" in text and all(word in text for word in ACTIONS)
-        assert "<think>" in FrozenLake(desc, think=True).instructions and "<think>" not in text
-        for lake.state in range(s.size**2):  # there and back: the text tells the whole state
-            where, grid = lake.observation().split("\n", 1)
-            cells, tiles = grid.split(), lake.tiles.replace("S", "F")
-            assert cells.index("P") == lake.state and {*map(len, grid.split("\n"))} == {
-                2 * s.size - 1
-            }
-            letter = {"_": "F", "O": "H", "G": "G", "P": tiles[lake.state]}
-            assert "".join(letter[cell] for cell in cells) == tiles
-            named = [
-                (int(r) - 1) * s.size + int(c) - 1
-                for r, c in re.findall(r"\((\d+), (\d+)\)", where)
-            ]
-            assert sorted(named) == [i for i, cell in enumerate(cells) if cell != "_"]
+def test_instructions_say_what_is_so(name):
+    scenario = SCENARIOS[name]
+    text = scenario_lake(name).instructions
+    slips = scenario.success_rate < 1
+    assert f"{scenario.size} rows and {scenario.size} columns" in text
+    assert f"{scenario.max_steps} steps" in text
+    assert ("not slippery" in text) != slips
+    assert text.count("probability 0.33") == (2 if slips else 0)
+    assert "<action>" in text
+    assert all(word in text for word in ACTIONS)
+    assert "<think>" not in text
+    assert "<think>" in scenario_lake(name, think=True).instructions
+
+
+def test_instructions_name_the_probabilities_of_slips():
+    text = FrozenLake(MAPS["4x4"], 0.8).instructions
+    assert "with probability 0.80, and to either side of it with probability 0.10 each" in text
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_an_observation_tells_the_whole_state(name):
+    size = SCENARIOS[name].size
+    lake = scenario_lake(name, coordinates=True)
+    for state, under_player in enumerate(lake.tiles):
+        lake.state = state
+        where, grid = lake.observation().split("\n", 1)
+        cells = grid.split()
+        assert [len(row) for row in grid.split("\n")] == [2 * size - 1] * size
+        assert cells.index("P") == state
+        letters = {"_": "F", "O": "H", "G": "G", "P": under_player}
+        tiles = "".join(letters[cell] for cell in cells)
+        assert tiles.replace("S", "F") == lake.tiles.replace("S", "F")
+
+        places = re.findall(r"\((\d+), (\d+)\)", where)
+        named = [(int(row) - 1) * size + int(column) - 1 for row, column in places]
+        assert sorted(named) == [i for i, cell in enumerate(cells) if cell != "_"]
+
         lake.coordinates = False
         assert lake.observation() == grid
+        lake.coordinates = True
 
 
-def test_held_out_maps():
-    mass, count, rng = Counter(), Counter(), np.random.default_rng(0)
+@pytest.fixture(scope="module")
+def solvable_maps():
+    """Every solvable 4x4 map: {rows: its probability at p = 0.8, where all of them have 1}."""
+    masses = {}
     for inner in itertools.product("FH", repeat=14):
         tiles = "S" + "".join(inner) + "G"
-        desc = [tiles[i : i + 4] for i in range(0, 16, 4)]
+        desc = (tiles[:4], tiles[4:8], tiles[8:12], tiles[12:])
         if frozenlake.solvable(desc):
-            held = frozenlake.is_held_out(desc)
-            count[held] += 1
-            mass[held] += 0.8 ** inner.count("F") * 0.2 ** inner.count("H")
-    assert count == {True: 503, False: 3828 - 503}
-    assert mass[True] / mass.total() == pytest.approx(0.124, abs=5e-4)
+            masses[desc] = 0.8 ** inner.count("F") * 0.2 ** inner.count("H")
+    total = sum(masses.values())
+    return {desc: mass / total for desc, mass in masses.items()}
+
+
+def test_held_out_maps_are_an_eighth(solvable_maps):
+    held_out = [desc for desc in solvable_maps if frozenlake.is_held_out(desc)]
+    mass = sum(solvable_maps[desc] for desc in held_out)
+    assert len(solvable_maps) == 3828
+    assert len(held_out) == 503
+    assert mass == pytest.approx(0.124, abs=5e-4)
+
     maps, weights = frozenlake.held_out_maps(SCENARIOS["noslip"])
-    assert len({tuple(desc) for desc in maps if frozenlake.is_held_out(desc)}) == len(maps) == 503
-    holes = ["".join(desc).count("H") for desc in maps]
-    assert weights.sum() == pytest.approx(1)
-    assert weights / weights[0] == pytest.approx([0.25 ** (n - holes[0]) for n in holes])
-    for held in (True, False):
-        draws = [frozenlake.draw_map(SCENARIOS["big"], rng, held) for _ in range(20)]
-        assert {*map(frozenlake.is_held_out, draws)} == {held}
-    draws = [frozenlake.random_map(4, 0.8, rng) for _ in range(2000)]
-    assert near(sum(map(frozenlake.is_held_out, draws)), 2000, 0.124) and all(
-        map(frozenlake.solvable, draws)
-    )
+    expected = {desc: solvable_maps[desc] / mass for desc in held_out}
+    assert dict(zip(map(tuple, maps), weights)) == pytest.approx(expected)
+
+
+def test_random_maps_have_their_frequencies(solvable_maps):
+    rng = np.random.default_rng(0)
+    drawn = [tuple(frozenlake.random_map(4, 0.8, rng)) for _ in range(3000)]
+    assert set(drawn) <= solvable_maps.keys()
+    for holes in range(5):
+        p = sum(p for desc, p in solvable_maps.items() if str(desc).count("H") == holes)
+        assert near(sum(str(desc).count("H") == holes for desc in drawn), 3000, p)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_maps_are_drawn_from_one_side_of_the_split(held_out):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        desc = frozenlake.draw_map(SCENARIOS["big"], rng, held_out)
+        assert frozenlake.is_held_out(desc) == held_out
+        assert len(desc) == 6
 
 
 @pytest.mark.parametrize(
-    "make",
+    "size, p", [(1, 0.8), (0, 0.8), (4, 0), (4, -1), (4, 1.5), (4, float("nan"))]
+)
+def test_impossible_random_maps_are_refused(size, p):
+    with pytest.raises(ValueError, match=f"size {size}"):
+        frozenlake.random_map(size, p, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    "desc, success_rate, max_steps",
     [
-        *(
-            lambda size=size, p=p: frozenlake.random_map(size, p, np.random.default_rng(0))
-            for size, p in ((1, 0.8), (0, 0.8), (4, 0), (4, -1), (4, 1.5), (4, float("nan")))
-        ),
-        *(
-            lambda desc=desc: FrozenLake(desc)
-            for desc in (["SF", "G"], ["SX", "FG"], ["FF", "FG"], ["SS", "FG"], [""])
-        ),
-        *(
-            lambda q=q, h=h: FrozenLake(["SF", "FG"], q, h)
-            for q, h in ((1.5, 8), (-0.1, 8), (float("nan"), 8), (1, 0))
-        ),
+        (["SF", "G"], 1, 8),
+        (["SX", "FG"], 1, 8),
+        (["FF", "FG"], 1, 8),
+        (["SS", "FG"], 1, 8),
+        ([""], 1, 8),
+        ([], 1, 8),
+        (["SF", "FG"], 1.5, 8),
+        (["SF", "FG"], -0.1, 8),
+        (["SF", "FG"], float("nan"), 8),
+        (["SF", "FG"], 1, 0),
     ],
 )
-def test_impossible_lakes_are_refused(make):
-    with pytest.raises(ValueError):
-        make()
+def test_impossible_lakes_are_refused(desc, success_rate, max_steps):
+    with pytest.raises(ValueError, match="no lake"):
+        FrozenLake(desc, success_rate, max_steps)
 
 
 # A second game, with a vocabulary of its own
@@ -312,17 +382,22 @@ def test_impossible_lakes_are_refused(make):
 class Corridor:
     """Six places in a row; the text says at which end the goal is."""
 
-    instructions, max_steps = "go west or east", 6
+    instructions = "go west or east"
+    max_steps = 6
 
     def __init__(self, goal, place, *key):
-        self.goal, self.place, self.steps, self.success = goal, place, 0, False
+        self.goal = goal
+        self.place = place
         self.rng = np.random.default_rng(key)
+        self.steps = 0
+        self.success = False
 
     def observation(self):
         return f"from {self.place} go {self.goal}"
 
     def step(self, text):
-        word, self.steps = text.split(" ")[-1], self.steps + 1
+        word = text.split(" ")[-1]
+        self.steps += 1
         self.place += {"west": -1, "east": 1}.get(word, 0)
         self.success = self.place == {"west": 0, "east": 5}[self.goal]
         done = self.place in (0, 5) or self.steps == self.max_steps
@@ -330,34 +405,39 @@ class Corridor:
 
 
 class Words:
-    """A tokenizer of a few words, two of which end an answer."""
+    """A tokenizer of a few words, of which the first two end an answer."""
 
     words = "west east go or from 1 2 3 4".split()
-    size, end_ids = len(words), frozenset([0, 1])
+    size = len(words)
+    end_ids = frozenset([0, 1])
 
-    def prefix(self, text):
+    def prefix(self, text, think=False):
         return [self.words.index(word) for word in text.split()]
 
     def suffix(self, text, think=False):
-        return self.prefix(text)
+        thought = " or" if think else ""
+        return self.prefix(text + thought)
 
     def decode(self, ids):
         return " ".join(self.words[i] for i in ids)
 
 
-def corridor_agent(std=0.4, **settings):
+INSTRUCTION_IDS = Words().prefix(Corridor.instructions)
+
+
+def corridor_agent(std=0.4, max_new_tokens=3, tokenizer=None, **settings):
     """An agent with random weights, whose model has more rows than the tokenizer has tokens."""
     model = lm.Transformer(lm.Config("qwen2", Words.size + 5, 16, 24, 2, 4, 2, 4))
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(weight, std=std)
-    return lm.LanguageAgent(
-        model, Words(), Corridor.instructions, **{"max_new_tokens": 3} | settings
-    )
+    settings["max_new_tokens"] = max_new_tokens
+    return lm.LanguageAgent(model, tokenizer or Words(), Corridor.instructions, **settings)
 
 
 def corridors(count=12, seed=0):
+    """Games of both goals; every fourth has the same start."""
     return [Corridor(("west", "east")[i % 2], 1 + i % 4, seed, i) for i in range(count)]
 
 
@@ -365,12 +445,23 @@ def steps_of(episodes):
     return [step for episode in episodes for step in episode]
 
 
+def logprobs_of(steps):
+    return torch.tensor([logprob for step in steps for logprob in step.answer.logprobs])
+
+
 def facts(episodes):
-    return [[dataclasses.replace(step, logprobs=()) for step in episode] for episode in episodes]
+    """Episodes but for their log-probabilities, which depend on the batch by rounding."""
+    return [
+        [dataclasses.replace(s, answer=dataclasses.replace(s.answer, logprobs=[])) for s in episode]
+        for episode in episodes
+    ]
 
 
-def logprobs(episodes):
-    return torch.tensor([logprob for step in steps_of(episodes) for logprob in step.logprobs])
+def watch_passes(model):
+    """A list that grows by (rows, tokens) with each forward pass of the model."""
+    passes = []
+    model.model.register_forward_hook(lambda module, args, out: passes.append(args[0].shape))
+    return passes
 
 
 # Rollouts
@@ -380,79 +471,228 @@ def logprobs(episodes):
 def test_rollouts_batched_are_those_one_by_one(greedy):
     agent = corridor_agent(temperature=1.5)
     together = msgrpo.play(agent, corridors(), greedy)
-    apart = [agent.refresh() or msgrpo.play(agent, [game], greedy)[0] for game in corridors()]
-    assert facts(together) == facts(apart) == facts(msgrpo.play(agent, corridors(), greedy))
-    torch.testing.assert_close(logprobs(together), logprobs(apart), atol=1e-5, rtol=0)
-    assert (facts(msgrpo.play(agent, corridors(seed=1), greedy)) == facts(together)) == greedy
+    apart = []
+    for game in corridors():
+        agent.refresh()
+        apart += msgrpo.play(agent, [game], greedy)
+    assert facts(together) == facts(apart)
+    torch.testing.assert_close(
+        logprobs_of(steps_of(together)), logprobs_of(steps_of(apart)), atol=1e-5, rtol=0
+    )
+    assert facts(msgrpo.play(agent, corridors(), greedy)) == facts(together)
+    other_seed = msgrpo.play(agent, corridors(seed=1), greedy)
+    assert (facts(other_seed) == facts(together)) == greedy
 
 
 def test_rollouts_keep_what_was_sampled():
+    """The very tokens, with the end token; the game heard what they say."""
     agent = corridor_agent()
     episodes = msgrpo.play(agent, corridors(30))
-    assert {len(step.response) for step in steps_of(episodes)} == {1, 2, 3}
+    assert {len(step.answer.response) for step in steps_of(episodes)} == {1, 2, 3}
     for game, episode in zip(corridors(30), episodes, strict=True):
-        for step in episode:  # play it again from its texts
-            assert Words().decode(step.prompt) == game.observation()
-            assert Words().decode(step.response) == step.text
-            *middle, last = step.response  # an end token is a part of it
-            assert not Words.end_ids & {*middle} and (last in Words.end_ids) != step.truncated
-            assert len(step.logprobs) == len(step.response) == 3 or not step.truncated
-            assert game.step(step.text) == (step.reward, step.done, step.valid)
-            assert game.success == step.success and max(step.response) < Words.size
-        assert game.place in (0, 5) or game.steps == 6
+        for step in episode:
+            answer = step.answer
+            assert Words().decode(answer.prompt) == game.observation()
+            assert Words().decode(answer.response) == answer.text
+            assert max(answer.response) < Words.size
+            ended = [token in Words.end_ids for token in answer.response]
+            assert not any(ended[:-1])
+            assert ended[-1] != answer.truncated
+            assert len(answer.response) == 3 or not answer.truncated
+            assert len(answer.logprobs) == len(answer.response)
+            assert game.step(answer.text) == (step.reward, step.done, step.valid)
+            assert game.success == step.success
+        assert step.done
 
 
-def test_finished_games_and_answers_leave_the_batch():
-    agent, sizes, shapes = corridor_agent(), [], []
+def test_thinking_changes_the_prompt():
+    (answer,) = corridor_agent(think=True).act(["from 2 go west"], None)
+    assert Words().decode(answer.prompt) == "from 2 go west or"
+
+
+def test_finished_games_leave_the_batch():
+    agent = corridor_agent()
     act = agent.act
-    agent.act = lambda texts, uniforms: sizes.append(len(texts)) or act(texts, uniforms)
-    agent.model.register_forward_hook(lambda module, args, out: shapes.append(args[0].shape))
-    lengths = [len(episode) for episode in msgrpo.play(agent, corridors())]
-    assert (
-        sizes == [sum(n > t for n in lengths) for t in range(max(lengths))] and sizes[-1] < sizes[0]
-    )
-    shapes.clear()
-    ((_, response, _, text, truncated),) = act(["from 2 go west"], np.zeros((1, 3)))
-    assert (response, text, truncated) == (
-        (0,),
-        "west",
-        False,
-    )  # the first word, which ends an answer
-    assert len(shapes) == 1
+    sizes = []
+    rounds = []
+
+    def counting(observations, uniforms):
+        sizes.append(len(observations))
+        return act(observations, uniforms)
+
+    agent.act = counting
+    episodes = msgrpo.play(agent, corridors(), after_round=lambda *counts: rounds.append(counts))
+    lengths = [len(episode) for episode in episodes]
+    live = [sum(length > t for length in lengths) for t in range(max(lengths))]
+    assert sizes == live
+    assert rounds == [(12 - left, 12) for left in (*live[1:], 0)]
+    assert live[-1] < 12
 
 
-def test_samples_follow_the_distribution():
-    agent = corridor_agent(temperature=2.0, max_new_tokens=1)
-    uniforms = np.random.default_rng(0).random((3000, 1))
-    counts = Counter(answer[1][0] for answer in agent.act(["from 2 go west"] * 3000, uniforms))
-    ids = torch.tensor([Words().prefix(Corridor.instructions + " from 2 go west")])
-    p = (agent.model(ids)[0, -1, : Words.size] / 2).softmax(-1).tolist()
-    assert (
-        all(near(counts[token], 3000, p[token]) for token in range(Words.size))
-        and counts.total() == 3000
-    )
+def test_finished_answers_leave_the_batch():
+    """And equal prompts are run once; the batch ends with its last answer."""
+    agent = corridor_agent(max_new_tokens=30)
+    passes = watch_passes(agent.model)
+    uniforms = np.random.default_rng(0).random((20, 30))
+    answers = agent.act(["from 2 go west", "from 3 go east"] * 10, uniforms)
+    lengths = [len(answer.response) for answer in answers]
+    going = [sum(length > t for length in lengths) for t in range(1, max(lengths))]
+    assert passes == [(2, 4)] + [(rows, 1) for rows in going]
+    assert min(lengths) < max(lengths) < 30
+
+
+def test_the_cache_keeps_its_tensors_while_no_row_ends():
+    """As a captured graph of a step will need it; keys and values keep their place in memory."""
+
+    class Endless(Words):
+        end_ids = frozenset()
+
+    agent = corridor_agent(max_new_tokens=9, tokenizer=Endless())
+    shapes = []
+    places = []
+
+    def look(module, args):
+        past = args[2]
+        if isinstance(past, lm.Cache):
+            keys_values = [x for pair in past.keys_values for x in pair]
+            others = [x for x in vars(past).values() if isinstance(x, torch.Tensor)]
+            shapes.append([x.shape for x in keys_values + others])
+            places.append([x.data_ptr() for x in keys_values])
+
+    agent.model.model.register_forward_pre_hook(look)
+    agent.act(["from 2 go west", "from 3 go east"], np.full((2, 9), 0.5))
+    assert len(shapes) == 8
+    assert shapes == shapes[:1] * 8
+    assert places == places[:1] * 8
+
+
+def test_greedy_answers_are_remembered_until_the_weights_change():
+    agent = corridor_agent()
+    states = ["from 2 go west", "from 3 go east"]
+    first = agent.act(states + states[:1], None)
+    assert first[2] == first[0]
+    passes = watch_passes(agent.model)
+    assert agent.act(states[::-1], None) == [first[1], first[0]]
+    assert passes == []
+    agent.act(["from 1 go east"], None)
+    assert passes[0] == (1, 4)
+    agent.act(states, np.zeros((2, 3)))  # samples are not remembered
+    assert passes[1] == (2, 4)
+
+    torch.nn.init.normal_(agent.model.model.norm.weight)
+    agent.refresh()
+    assert agent.act(states, None)[0].logprobs != first[0].logprobs
+
+
+def test_a_sample_is_where_the_cumulative_distribution_passes_its_uniform():
+    table = torch.tensor([[0, 0.25, 0.5, 0.25]]).log()
+    expected = {0.0: 1, 0.24: 1, 0.25: 2, 0.74: 2, 0.75: 3, 0.999: 3, 1.0: 3}  # 0 is never drawn
+    uniforms = torch.tensor([*expected])
+    assert lm.sample(table.expand(7, -1), uniforms).tolist() == [*expected.values()]
 
 
 # The loss
 
 
-def slow_loss(model, temperature, episodes, advantages, clip, gamma, entropy_coef):
-    """The loss token by token, each from a forward pass over its whole context."""
-    total, tokens = 0.0, 0
-    for episode, advantage in zip(episodes, advantages, strict=True):
-        for t, step in enumerate(episode):
-            credit = advantage * gamma ** (len(episode) - 1 - t)
-            for k, token in enumerate(step.response):
-                ids = [*Words().prefix(Corridor.instructions), *step.prompt, *step.response[:k]]
-                table = (model(torch.tensor([ids]))[0, -1, : Words.size] / temperature).log_softmax(
-                    -1
-                )
-                ratio = (table[token] - step.logprobs[k]).exp()
-                total = total + min(ratio * credit, min(max(ratio, 1 - clip), 1 + clip) * credit)
-                if abs(table[token].item() - step.logprobs[k]) <= np.log(1 + clip):
-                    total = total - entropy_coef * (table.exp() * table).sum()
-                tokens += 1
-    return -total / tokens
+def token_loss(logprob, old_logprob, credit, entropy, clip, entropy_coef):
+    """One token's loss, with Python's own min and max; also whether its clip is active."""
+    ratio = (logprob - old_logprob).exp()
+    clipped_ratio = min(max(ratio, 1 - clip), 1 + clip)
+    loss = -min(ratio * credit, clipped_ratio * credit)
+    if abs(logprob.item() - old_logprob.item()) <= math.log(1 + clip):
+        loss = loss - entropy_coef * entropy
+    return loss, bool(clipped_ratio * credit < ratio * credit)
+
+
+@pytest.mark.parametrize("clip, entropy_coef", [(0.2, 0.0), (0.2, 0.1), (0.5, 0.01)])
+def test_policy_loss_is_that_of_a_slow_loop(clip, entropy_coef):
+    torch.manual_seed(0)
+    logprobs = torch.randn(200, requires_grad=True)
+    entropies = torch.rand(200, requires_grad=True)
+    old_logprobs = logprobs.detach() + 0.4 * torch.randn(200)
+    credit = torch.randn(200).round(decimals=1)  # some are 0
+    pairs = [
+        token_loss(*token, clip, entropy_coef)
+        for token in zip(logprobs, old_logprobs, credit, entropies)
+    ]
+    expected = torch.stack([torch.as_tensor(loss) for loss, _ in pairs])
+    loss, clipped = msgrpo.policy_loss(
+        logprobs, old_logprobs, credit, entropies, clip, entropy_coef
+    )
+    torch.testing.assert_close(loss, expected)
+    assert clipped.tolist() == [is_clipped for _, is_clipped in pairs]
+
+    parameters = [logprobs, entropies] if entropy_coef else [logprobs]
+    found = torch.autograd.grad(loss.sum(), parameters)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), parameters))
+
+
+@pytest.mark.parametrize("credit", [1.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [200.0, -200.0])
+def test_a_ratio_out_of_all_bounds_gives_finite_numbers(log_ratio, credit):
+    logprobs = torch.tensor([log_ratio, -1.0], requires_grad=True)
+    old_logprobs = torch.tensor([0.0, -1.0])
+    loss, _ = msgrpo.policy_loss(
+        logprobs, old_logprobs, torch.tensor([credit, 1.0]), torch.ones(2), 0.2, 0.1
+    )
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert logprobs.grad.tolist() == [0, -1]
+
+
+@pytest.mark.parametrize("entropy", [float("nan"), float("inf")])
+def test_an_entropy_without_weight_does_no_harm(entropy):
+    """Entropies of a policy that is sure of itself may be no numbers."""
+    logprobs = torch.tensor([-1.0], requires_grad=True)
+    loss, _ = msgrpo.policy_loss(
+        logprobs, torch.tensor([-1.0]), torch.tensor([2.0]), logprobs * entropy, 0.2, 0.0
+    )
+    loss.sum().backward()
+    assert logprobs.grad.tolist() == [-2]
+
+
+def random_steps(rng, count, prompts, responses):
+    """Steps of few prompts and responses, so that many are alike."""
+    return [
+        Step(Answer((int(rng.integers(prompts)),) * 5, (int(rng.integers(responses)),) * 3, [-1.0]))
+        for _ in range(count)
+    ]
+
+
+def pairs_of(steps):
+    return {(step.answer.prompt, step.answer.response) for step in steps}
+
+
+@pytest.mark.parametrize("budget, largest", [(1, 1), (24, 3), (31, 3), (32, 4), (9999, 12)])
+def test_micro_batches_are_within_their_budget(budget, largest):
+    """Each step is in one. Equal answers to a prompt stay together and cost what one costs."""
+    steps = random_steps(np.random.default_rng(0), 200, prompts=3, responses=4)
+    batches = msgrpo.micro_batches(steps, budget)
+    found = [id(step) for batch in batches for step in batch]
+    assert sorted(found) == sorted(id(step) for step in steps)
+    sizes = [len(pairs_of(batch)) for batch in batches]
+    assert sum(sizes) == 12
+    assert max(sizes) == largest  # pairs, of 8 tokens each
+
+
+def test_micro_batches_are_of_similar_length():
+    lengths = [5, 1, 4, 2, 3]
+    batches = msgrpo.micro_batches([Step(Answer((1,), (2,) * length)) for length in lengths], 6)
+    found = [[len(step.answer.response) for step in batch] for batch in batches]
+    assert found == [[1, 2], [3], [4], [5]]
+
+
+def slow_scores(model, instruction_ids, answers, size, temperature):
+    """Log-probabilities and entropies of all response tokens, from a pass over each whole text."""
+    logprobs = []
+    entropies = []
+    for answer in answers:
+        ids = torch.tensor([[*instruction_ids, *answer.prompt, *answer.response]])
+        logits = model(ids)[0, -len(answer.response) - 1 : -1, :size]
+        table = (logits / temperature).log_softmax(-1)
+        logprobs.append(table.gather(1, torch.tensor(answer.response)[:, None])[:, 0])
+        entropies.append(-(table.exp() * table).sum(-1))
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 def gradient(model):
@@ -461,65 +701,7 @@ def gradient(model):
 
 ADVANTAGES = torch.tensor(
     [1.0, -0.5, 0.0, 2.0, -1.5, 0.25]
-)  # one of zero: in the denominator all the same
-
-
-def test_micro_batches():
-    """Within the budget, each step once; equal answers to a prompt stay together and cost what one costs."""
-    rng = np.random.default_rng(0)
-    steps = [
-        msgrpo.Step((int(rng.integers(3)),) * 5, (int(rng.integers(4)),) * 3) for _ in range(200)
-    ]
-    batches = msgrpo.micro_batches(steps, 24)
-    assert sorted(id(step) for batch in batches for step in batch) == sorted(map(id, steps))
-    pairs = [{(step.prompt, step.response) for step in batch} for batch in batches]
-    assert sum(map(len, pairs)) == len(set().union(*pairs)) == 12
-    assert max(map(len, pairs)) == 3  # of 8 tokens each
-
-
-def test_equal_answers_stay_with_one_process():
-    """Of two processes each scores its part of the unequal answers; a step in excess has no weight."""
-    steps = [msgrpo.Step((1,), (2,), [0.0], credit=1.0) for _ in range(6)]
-    steps += [msgrpo.Step((1,), (i,), [0.0], credit=1.0) for i in range(3, 8)]
-    scored, losses = [], []
-
-    def score(batch):
-        scored.append(batch)
-        return torch.zeros(len(batch), requires_grad=True), torch.zeros(len(batch))
-
-    for rank in range(2):
-        means = msgrpo.accumulate_gradient(
-            SimpleNamespace(score=score),
-            [steps],
-            budget=4,
-            world=2,
-            share=lambda items, i=rank: items[len(items) * i // 2 : len(items) * (i + 1) // 2],
-        )
-        losses.append(means["loss"])
-    answers, passes = [{step.response for step in batch} for batch in scored], len(scored) // 2
-    first, second = set().union(*answers[:passes]), set().union(*answers[passes:])
-    assert (
-        not first & second and len(first | second) == 6 and max(map(len, answers)) == 2
-    )  # of 4 tokens
-    assert sum(map(len, scored)) == len(steps) and sum(losses) == pytest.approx(-1)
-
-
-def test_greedy_answers_are_remembered_until_the_weights_change(monkeypatch):
-    agent, asked = corridor_agent(), []
-    answer = agent.answer
-    monkeypatch.setattr(
-        agent, "answer", lambda states, *rest: asked.append(states) or answer(states, *rest)
-    )
-    first = agent.act(["from 2 go west", "from 3 go east", "from 2 go west"], None)
-    assert (
-        agent.act(["from 3 go east", "from 1 go east", "from 2 go west"], None)[::2] == first[1::-1]
-    )
-    assert (
-        asked == [["from 2 go west", "from 3 go east"], ["from 1 go east"]] and first[0] == first[2]
-    )
-    torch.nn.init.normal_(agent.model.model["norm"].weight)
-    agent.refresh()
-    assert agent.act(["from 2 go west"], None)[0][2] != first[0][2]
+)  # one of 0: it counts in the denominator
 
 
 @pytest.mark.parametrize(
@@ -528,87 +710,113 @@ def test_greedy_answers_are_remembered_until_the_weights_change(monkeypatch):
         (1.0, 0.2, 1.0, 0.0, 9999),
         (1.7, 0.1, 0.5, 0.05, 9999),
         (0.8, 0.2, 0.0, 0.0, 9999),
-        (1.25, 0.3, 1.0, 0.1, 1),
-        (1.0, 0.2, 1.0, 0.0, 9),
+        (1.25, 0.3, 1.0, 0.1, 1),  # a micro-batch of one answer
+        (1.0, 0.2, 1.0, 0.0, 14),  # of a few
     ],
-)  # a micro-batch of one step, of a few
-def test_loss_is_that_of_a_slow_loop(temperature, clip, gamma, entropy_coef, budget):
-    agent, rng = corridor_agent(temperature=temperature), random.Random(0)
-    episodes = msgrpo.play(agent, corridors(6))
-    for step in steps_of(episodes):  # as if the policy had moved on
-        step.logprobs = [logprob + rng.uniform(-0.4, 0.4) for logprob in step.logprobs]
-    loss = slow_loss(agent.model, temperature, episodes, ADVANTAGES, clip, gamma, entropy_coef)
+)
+def test_an_updates_gradient_is_that_of_a_slow_loop(temperature, clip, gamma, entropy_coef, budget):
+    agent = corridor_agent(temperature=temperature)
+    episodes = msgrpo.play(agent, corridors(3) + corridors(3))  # each is there twice
+    steps = steps_of(episodes)
+    rng = random.Random(0)
+    for step in steps:  # as if the policy had moved on
+        moved = [logprob + rng.uniform(-0.4, 0.4) for logprob in step.answer.logprobs]
+        step.answer.logprobs = moved
+
+    credit = []
+    for episode, advantage in zip(episodes, ADVANTAGES.tolist(), strict=True):
+        for t, step in enumerate(episode):
+            paid = advantage * gamma ** (len(episode) - 1 - t)
+            credit += [paid] * len(step.answer.response)
+    answers = [step.answer for step in steps]
+    scores, entropies = slow_scores(agent.model, INSTRUCTION_IDS, answers, Words.size, temperature)
+    tokens = [
+        token_loss(*token, clip, entropy_coef)
+        for token in zip(scores, logprobs_of(steps), credit, entropies, strict=True)
+    ]
+    loss = sum(loss for loss, _ in tokens) / len(tokens)
     loss.backward()
     expected = gradient(agent.model)
+
     agent.model.zero_grad()
     msgrpo.assign_credit(episodes, ADVANTAGES, gamma)
-    stats = msgrpo.accumulate_gradient(
-        agent, episodes, clip=clip, entropy_coef=entropy_coef, budget=budget
-    )
+    found = msgrpo.accumulate_gradient(agent, episodes, clip, entropy_coef, budget)
     torch.testing.assert_close(gradient(agent.model), expected, atol=2e-6, rtol=1e-4)
-    assert stats["loss"] == pytest.approx(loss.item(), abs=1e-5) and 0 < stats["clip_share"] < 1
-    assert stats["tokens"] == len(logprobs(episodes))
+    assert found["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert found["tokens"] == len(tokens)
+    scored = len(tokens) if entropy_coef else np.count_nonzero(credit)
+    clipped = sum(is_clipped for _, is_clipped in tokens)
+    assert found["clip_share"] == pytest.approx(clipped / scored)
 
 
-def test_ratio_is_one_before_the_first_update():
+def test_the_ratio_is_one_before_the_first_update():
     agent = corridor_agent(temperature=1.7)
     episodes = msgrpo.play(agent, corridors())
     msgrpo.assign_credit(episodes, torch.ones(12))
-    stats = msgrpo.accumulate_gradient(agent, episodes, budget=50)
-    assert (
-        stats["logprob_gap"] < 1e-6
-        and stats["clip_share"] == 0
-        and stats["loss"] == pytest.approx(-1)
-    )
-    sampled = logprobs(episodes)
-    for step in steps_of(episodes):
-        step.logprobs = [logprob + 0.25 for logprob in step.logprobs]
-    assert msgrpo.rescore(agent, episodes, 50) == pytest.approx(0.25, abs=1e-5)
-    torch.testing.assert_close(logprobs(episodes), sampled, atol=1e-5, rtol=0)
+    found = msgrpo.accumulate_gradient(agent, episodes, budget=50)
+    assert found["logprob_gap"] < 1e-6
+    assert found["clip_share"] == 0
+    assert found["loss"] == pytest.approx(-1)
 
 
-def test_padding_changes_nothing():
-    agent = corridor_agent()
+def test_rescoring_gives_the_log_probabilities_of_training():
+    agent = corridor_agent(temperature=1.7)
     steps = steps_of(msgrpo.play(agent, corridors()))
-    apart = [
-        torch.cat(parts) for parts in zip(*(agent.score([step]) for step in steps), strict=True)
-    ]
-    torch.testing.assert_close([*agent.score(steps)], apart, atol=1e-5, rtol=0)
+    expected = logprobs_of(steps)
+    for step in steps:
+        step.answer.logprobs = [logprob + 0.25 for logprob in step.answer.logprobs]
+    assert msgrpo.rescore(agent, [steps], 50) == pytest.approx(0.25, abs=1e-5)
+    torch.testing.assert_close(logprobs_of(steps), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "gamma, entropy_coef, needed",
+    [
+        (1.0, 0.0, lambda episode, advantage: episode if advantage else []),
+        (0.0, 0.0, lambda episode, advantage: episode[-1:] if advantage else []),
+        (1.0, 0.1, lambda episode, advantage: episode),
+    ],
+)
+def test_only_steps_with_a_gradient_cost_a_forward_pass(gamma, entropy_coef, needed):
+    agent = corridor_agent()
+    episodes = msgrpo.play(agent, corridors(6))
+    msgrpo.assign_credit(episodes, ADVANTAGES, gamma)
+    score = agent.score
+    scored = []
+
+    def scoring(answers):
+        scored.extend(id(answer) for answer in answers)
+        return score(answers)
+
+    agent.score = scoring
+    msgrpo.accumulate_gradient(agent, episodes, entropy_coef=entropy_coef, budget=20)
+    pairs = zip(episodes, ADVANTAGES, strict=True)
+    expected = [id(step.answer) for pair in pairs for step in needed(*pair)]
+    assert sorted(scored) == sorted(expected)
+
+
+def test_without_credit_there_is_no_gradient():
+    agent = corridor_agent()
+    episodes = msgrpo.play(agent, corridors(6))
+    assert msgrpo.accumulate_gradient(agent, episodes)["loss"] == 0
+    assert all(weight.grad is None for weight in agent.model.parameters())
 
 
 def test_two_threads_repeat_a_gradient_bit_for_bit():
-    agent, found = corridor_agent(), []
-    steps = [
-        msgrpo.Step((4, 6, 2, goal), answer)  # each thread's part adds to the same prompts
-        for answer in itertools.product(range(Words.size), repeat=3)
-        for goal in (0, 1)
-    ]
+    """Many equal answers share one gradient, whose parts must be added in one order."""
+    agent = corridor_agent()
+    responses = itertools.product(range(Words.size), repeat=2)
+    answers = [Answer((4, 6, 2, 0), response) for response in responses] * 400
+    torch.manual_seed(0)
+    weights = torch.randn(2 * len(answers))
     torch.set_num_threads(2)
-    for _ in range(6):
+    found = []
+    for _ in range(3):
         agent.model.zero_grad()
-        agent.score(steps)[0].square().sum().backward()
+        logprobs, _ = agent.score(answers)
+        (weights * logprobs).sum().backward()
         found.append(gradient(agent.model))
     assert all(torch.equal(one, found[0]) for one in found)
-
-
-def test_only_steps_with_credit_cost_a_forward_pass():
-    agent, seen = corridor_agent(), []
-    episodes, score = msgrpo.play(agent, corridors(6)), agent.score
-    agent.score = lambda steps: seen.extend(map(id, steps)) or score(steps)
-    drawn = [episode for episode, advantage in zip(episodes, ADVANTAGES, strict=True) if advantage]
-    for gamma, entropy_coef, expected in (
-        (1, 0, steps_of(drawn)),
-        (0, 0, [e[-1] for e in drawn]),
-        (1, 0.1, steps_of(episodes)),
-    ):
-        seen.clear()
-        msgrpo.assign_credit(episodes, ADVANTAGES, gamma)
-        msgrpo.accumulate_gradient(agent, episodes, budget=20, entropy_coef=entropy_coef)
-        assert sorted(seen) == sorted(map(id, expected))
-    agent.model.zero_grad()
-    msgrpo.assign_credit(episodes, torch.zeros(6))
-    assert msgrpo.accumulate_gradient(agent, episodes)["loss"] == 0
-    assert all(weight.grad is None for weight in agent.model.parameters())
 
 
 # The model
@@ -617,114 +825,1185 @@ GOLDEN = ["qwen2-tied", "qwen2-untied", "qwen3", "llama-biases", "llama3-rope"]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_logits_and_save(name, tmp_path):
+def test_logits_are_those_of_transformers(name, tmp_path):
     golden = lm.read_safetensors(DATA / "logits.safetensors")
-    model, tokenizer = lm.load_pretrained(DATA / name)
     ids = golden[f"{name}.ids"]
+    model, tokenizer = lm.load_pretrained(DATA / name)
+    assert tokenizer is None
+    assert all(weight.requires_grad for weight in model.parameters())
     torch.testing.assert_close(model(ids)[:, ::3], golden[f"{name}.logits"], atol=2e-5, rtol=0)
-    assert tokenizer is None and all(p.requires_grad and not p.is_meta for p in model.parameters())
+
     lm.save_pretrained(tmp_path, model, None)
     again, _ = lm.load_pretrained(tmp_path)
-    assert again.config == model.config and torch.equal(again(ids), model(ids))
+    assert again.config == model.config
+    assert torch.equal(again(ids), model(ids))
+
     low, _ = lm.load_pretrained(DATA / name, torch.bfloat16)
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in low.parameters()} == {torch.bfloat16}
 
 
-def count_recomputed(patch):
-    """A list that grows by each layer whose activations are to be recomputed."""
-    layers, run = [], torch.utils.checkpoint.checkpoint
-    patch.setattr(
-        torch.utils.checkpoint,
-        "checkpoint",
-        lambda layer, *x, **kw: layers.append(layer) or run(layer, *x, **kw),
-    )
-    return layers
+def watch_checkpoints(monkeypatch):
+    """A list that grows by what is to be computed again in the backward pass."""
+    run = lm.checkpoint
+    found = []
+
+    def watching(function, *args, **options):
+        found.append(function)
+        return run(function, *args, **options)
+
+    monkeypatch.setattr(lm, "checkpoint", watching)
+    return found
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_cache_prefix_and_full_forward_agree(name, monkeypatch):
-    model, _ = lm.load_pretrained(DATA / name)
-    prefix, size, temperature = [5, 3, 8, 1, 1, 20, 7], 25, 1.3
-    prompts = {"a": (2, 4), "b": (9,), "c": (11, 12, 13, 14, 15)}
+GOLDEN_PREFIX = [5, 3, 8, 1, 1, 20, 7]
+GOLDEN_PROMPTS = {"a": (2, 4), "b": (9,), "c": (11, 12, 13, 14, 15)}
+
+
+def golden_agent(name):
+    """An agent of a golden model, with few tokens of its own; its observations are one letter."""
     tokenizer = SimpleNamespace(
-        size=size,
+        size=25,
         end_ids={0, 3},
-        prefix=lambda text: prefix,
+        prefix=lambda text, think: GOLDEN_PREFIX,
+        suffix=lambda state, think: GOLDEN_PROMPTS[state],
         decode=str,
-        suffix=lambda state, think: prompts[state],
     )
-    agent = lm.LanguageAgent(model, tokenizer, "", temperature, 5)
+    model, _ = lm.load_pretrained(DATA / name)
+    return lm.LanguageAgent(model, tokenizer, "", temperature=1.3, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_scores_are_those_of_whole_texts(name, recompute, monkeypatch):
+    """Shared instructions, padding, equal answers: in value and gradient."""
+    agent = golden_agent(name)
     responses = [(1, 2, 3), (4,), (1, 2, 3), (0, 24, 7, 7), (1, 5, 0), (8, 9)]
-    steps = [
-        msgrpo.Step(prompts[state], response)
+    answers = [
+        Answer(GOLDEN_PROMPTS[state], response)
         for state, response in zip("abacab", responses, strict=True)
     ]
 
-    def slowly():
-        rows = []
-        for step in steps:
-            ids, n = [*prefix, *step.prompt, *step.response[:-1]], len(step.response)
-            table = (model(torch.tensor([ids]))[0, -n:, :size] / temperature).log_softmax(-1)
-            entropy = -(table.exp() * table).sum(-1)
-            rows.append((table.gather(1, torch.tensor(step.response)[:, None])[:, 0], entropy))
-        return [torch.cat(column) for column in zip(*rows, strict=True)]
+    def with_gradient(logprobs, entropies):
+        weights = torch.linspace(-1, 1, len(logprobs))
+        agent.model.zero_grad()
+        ((logprobs + 0.3 * entropies.square()) * weights).sum().backward()
+        return logprobs, entropies, gradient(agent.model)
 
-    def with_gradient(function):
-        model.zero_grad()
-        found, weights = function(), torch.linspace(-1, 1, 16)
-        ((found[0] + 0.3 * found[1].square()) * weights).sum().backward()
-        return [*found, gradient(model)]
+    expected = with_gradient(*slow_scores(agent.model, GOLDEN_PREFIX, answers, 25, 1.3))
+    again = watch_checkpoints(monkeypatch)
+    agent.model.model.recompute = recompute
+    found = with_gradient(*agent.score(answers))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert bool(again) == recompute
 
-    expected = with_gradient(slowly)
-    torch.testing.assert_close(
-        with_gradient(lambda: agent.score(steps)), expected, atol=1e-5, rtol=1e-4
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_answers_are_those_of_a_loop_without_cache(name, greedy):
+    agent = golden_agent(name)
+    uniforms = np.random.default_rng(0).random((6, 5))
+    for state, answer, row in zip(
+        "abacab", agent.act("abacab", None if greedy else uniforms), uniforms
+    ):
+        assert answer.prompt == GOLDEN_PROMPTS[state]
+        ids = [*GOLDEN_PREFIX, *answer.prompt]
+        for token, logprob, uniform in zip(answer.response, answer.logprobs, row):
+            table = (agent.model(torch.tensor([ids]))[0, -1, :25] / 1.3).log_softmax(-1)
+            if greedy:
+                assert token == table.argmax()
+            else:
+                assert token == (table.exp().cumsum(-1) <= uniform).sum()
+            assert logprob == pytest.approx(table[token].item(), abs=1e-5)
+            ids.append(token)
+
+
+@pytest.mark.parametrize("elements, slices", [(1, 23), (27, 8), (9 * 22, 2), (9 * 23, 0)])
+def test_log_probabilities_in_slices_are_those_of_one_table(elements, slices, monkeypatch):
+    model = corridor_agent().model
+    torch.manual_seed(1)
+    x = torch.randn(23, 16, requires_grad=True)
+    targets = torch.randint(9, (23,))
+    weights = torch.randn(2, 23)
+    parameters = [x, model.lm_head.weight]
+
+    def with_gradient():
+        logprobs, entropies = model.token_logprobs(x, targets, 9, 0.7)
+        total = (weights[0] * logprobs + weights[1] * entropies).sum()
+        return logprobs, entropies, *torch.autograd.grad(total, parameters)
+
+    table = (model.head(x)[:, :9] / 0.7).log_softmax(-1)
+    whole = with_gradient()
+    torch.testing.assert_close(whole[0], table[range(23), targets])
+    torch.testing.assert_close(whole[1], -(table.exp() * table).sum(-1))
+
+    monkeypatch.setattr(lm, "TABLE_ELEMENTS", elements)
+    again = watch_checkpoints(monkeypatch)
+    for found, expected in zip(with_gradient(), whole, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert len(again) == slices
+
+
+# What is trained
+
+
+def test_random_numbers_of_different_keys_differ():
+    """As numpy's own do not: to it, (1,) and (1, 0) are one seed."""
+    keys = [(), (0,), (1,), (1, 0), (1, 0, 0), (0, 1), (10,)]
+    assert len({train.generator(*key).random() for key in keys}) == len(keys)
+
+
+def tiny_settings(**changes):
+    return train.Settings(**{**train.TINY, "threads": 1, **changes})
+
+
+def tiny_learner(**changes):
+    settings = tiny_settings(**changes)
+    return train.Learner(settings, *train.tiny_start(settings))
+
+
+def weights_of(model):
+    return torch.cat([weight.detach().flatten() for weight in model.parameters()]).clone()
+
+
+def test_in_float32_one_process_holds_one_model():
+    learner = tiny_learner()
+    assert learner.model is learner.master
+    assert learner.player("go").model is learner.trainee("go").model is learner.master
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_reach_the_float32_weights(dtype):
+    """Those of several passes are added up; what plays next is what was learned."""
+    learner = tiny_learner(dtype=dtype)
+    reference = tiny_learner()
+    for trainee in (learner.trainee("go"), reference.trainee("go")):
+        for prompt in ((1, 2), (3,)):
+            trainee.score([Answer(prompt, (6, 7))])[0].sum().backward()
+    expected = gradient(reference.master)
+    found = gradient(learner.master)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert {weight.dtype for weight in learner.model.parameters()} == {getattr(torch, dtype)}
+
+    before = weights_of(learner.master)
+    learner.update(1e-6)
+    change = (weights_of(learner.master) - before).abs()
+    assert (change > 0).float().mean() > 0.5  # it would vanish in bfloat16
+    assert change.max() < 2e-6
+    learner.update(0.1)
+    for low, weight in zip(learner.model.parameters(), learner.master.parameters()):
+        assert torch.equal(low, weight.to(low.dtype))
+        assert low.grad is None
+        assert weight.grad is None
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    learner = tiny_learner()
+    before = weights_of(learner.master)
+    for weight in learner.master.parameters():
+        weight.grad = torch.full_like(weight, float("nan"))
+    assert math.isnan(learner.update(0.1))
+    assert torch.equal(weights_of(learner.master), before)
+    assert all(weight.grad is None for weight in learner.master.parameters())
+
+
+def test_saved_before_the_first_update_is_never_saved():
+    """As where all groups are alike at first: Adam's count of steps must not begin at one."""
+
+    def update(learner):
+        for weight in learner.master.parameters():
+            weight.grad = torch.full_like(weight, 1e-3)
+        learner.update(0.01)
+        return weights_of(learner.master)
+
+    learner = tiny_learner()
+    expected = update(tiny_learner())
+    state = learner.state()
+    resumed = tiny_learner()
+    resumed.load_moments(state["moments"])
+    assert torch.equal(update(resumed), expected)
+    assert torch.equal(update(learner), expected)
+
+
+@pytest.mark.parametrize(
+    "think, max_new_tokens, expected", [(False, 0, 16), (True, 0, 256), (True, 5, 5)]
+)
+def test_the_agent_has_the_settings_of_the_run(think, max_new_tokens, expected):
+    settings = tiny_settings(think=think, max_new_tokens=max_new_tokens, temperature=0.5)
+    learner = train.Learner(settings, *train.tiny_start(settings), lambda *args: args)
+    assert learner.player("go")[2:] == ("go", 0.5, expected, think)
+
+
+def two_ranks(monkeypatch):
+    """Be the first, then the second of two processes, which exchange nothing."""
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "gather", lambda items: items)
+    for rank in range(2):
+        monkeypatch.setattr(train, "RANK", rank)
+        yield rank
+
+
+@pytest.mark.parametrize("unequal, passes", [(0, 0), (1, 1), (3, 1), (6, 2)])
+def test_processes_share_the_passes_of_an_update(unequal, passes, monkeypatch):
+    """Each makes as many, none has no step, equal answers stay with one of them."""
+    steps = [Step(Answer((1,), (i % unequal,))) for i in range(4 * unequal)]
+    answers = []
+    worked = []
+    for _ in two_ranks(monkeypatch):
+        shared = train.share_passes(steps, 4)
+        assert len(shared) == passes
+        assert all(batch and weight in (0, 1) for batch, weight in shared)
+        mine = [step for batch, weight in shared for step in batch if weight]
+        answers.append(pairs_of(mine))
+        worked += mine
+    assert sorted(id(step) for step in worked) == sorted(id(step) for step in steps)
+    assert not answers[0] & answers[1]
+
+
+@pytest.mark.parametrize("budget", [9999, 10])
+def test_two_processes_have_the_gradient_of_one(budget, monkeypatch):
+    """FSDP2 averages their gradients."""
+    agent = corridor_agent()
+    settings = tiny_settings(micro_batch_tokens=budget, entropy_coef=0.1)
+    episodes = msgrpo.play(agent, corridors(5))
+    msgrpo.assign_credit(episodes, ADVANTAGES[:5])
+    expected = msgrpo.accumulate_gradient(agent, episodes, entropy_coef=0.1)
+    whole = gradient(agent.model)
+
+    agent.model.zero_grad()
+    found = train.accumulate_gradient(agent, episodes, settings, can_stop=False)
+    assert found == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(gradient(agent.model), whole)
+
+    agent.model.zero_grad()
+    found = [
+        train.accumulate_gradient(agent, episodes, settings, can_stop=False)
+        for _ in two_ranks(monkeypatch)
+    ]
+    torch.testing.assert_close(gradient(agent.model) / 2, whole)
+    for key in ("loss", "entropy"):
+        assert sum(of_rank[key] for of_rank in found) == pytest.approx(expected[key], abs=1e-6)
+
+
+def far_episode(token, gap):
+    """An episode of one answer, sampled by a policy that is away from the tiny one by this gap."""
+    learner = tiny_learner()
+    answer = Answer((1, 2), (token,))
+    with torch.no_grad():
+        logprob = learner.trainee("go").score([answer])[0].item()
+    answer.logprobs = [logprob - gap]
+    return [Step(answer, credit=1.0)]
+
+
+def test_updates_end_where_the_policy_has_gone_too_far():
+    """And leave no gradient behind; a part without advantage is no update."""
+    learner = tiny_learner(update_episodes=1, max_gap=0.5, entropy_coef=0.0)
+    gaps = [0.1, 0.1, 0.9, 0.1]
+    episodes = [far_episode(token, gap) for token, gap in enumerate(gaps, start=3)]
+    episodes[0][0].credit = 0.0
+    advantages = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    updates = train.learn(
+        learner.trainee("go"), learner, episodes, advantages, [0, 1, 2, 3], rate=1e-6
     )
-    model.recompute, layers = True, count_recomputed(monkeypatch)
-    torch.testing.assert_close(
-        with_gradient(lambda: agent.score(steps)), expected, atol=1e-5, rtol=1e-4
+    assert [update["trained"] for update in updates] == [1]
+    assert updates[0]["logprob_gap"] == pytest.approx(0.1, abs=1e-4)
+    assert updates[0]["grad_norm"] > 0
+    assert all(weight.grad is None for weight in learner.master.parameters())
+
+
+def test_the_learning_rate_rises_then_falls():
+    settings = tiny_settings(iterations=110, learning_rate=2.0, final_rate=0.5)
+    found = [train.learning_rate(settings, i) for i in (1, 5, 10, 60, 110)]
+    assert found == pytest.approx([0.2, 1.0, 2.0, 1.5, 1.0])
+
+
+@pytest.mark.parametrize("explore, added", [(0, 0), (2, 2), (99, 5)])
+def test_exploring_adds_episodes_of_groups_without_success(explore, added):
+    settings = tiny_settings(group_size=3, explore=explore)
+    success = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], bool)
+    found = train.explore([1, 3], success, settings, np.random.default_rng(0))
+    assert found == sorted(set(found))
+    assert len(found) == 2 + added
+    assert {1, 3} <= set(found) <= {0, 1, 2, 3, 6, 7, 8}
+
+
+class ByRule:
+    """A policy that answers without a model."""
+
+    max_new_tokens = 3
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def refresh(self):
+        pass
+
+    def act(self, observations, uniforms):
+        self.greedy = uniforms is None
+        words = [self.rule(text) for text in observations]
+        return [Answer((0,), (1, 2, 3), [-1.0] * 3, f"<action>{word}</action>") for word in words]
+
+
+def test_the_books_of_an_iteration(monkeypatch):
+    """Three groups of two episodes, each on a row of ice: all can be said by hand."""
+    maps = iter([["SG"], ["SH"]])
+    monkeypatch.setattr(frozenlake, "draw_map", lambda scenario, rng: next(maps))
+    monkeypatch.setattr(train, "learn", lambda *args: [])
+    script = iter(["right", "right", "right", "left", "right", "right"] + ["right", "right"])
+    policy = ByRule(lambda text: next(script, "left"))
+    settings = tiny_settings(groups=3, group_size=2, replay=0.4, explore=0)
+    failed = [["SFG"]] * 300
+    metrics = train.iterate(policy, None, SimpleNamespace(settings=settings), 5, failed)
+    # On SFG both win in two steps, on SG one wins in a step, the other goes left eight times, on SH
+    # both are lost in one.
+    expected = {
+        "success": 1 / 4,  # of the new maps
+        "return": 3 / 6,
+        "steps": 15 / 6,
+        "valid": 1,
+        "truncated": 0,
+        "zero_variance_groups": 2 / 3,
+        "groups_without_success": 1 / 3,
+        "replayed_groups": 1,
+        "generated_tokens": 45,
+        "trained_tokens": 0,
+        "nonzero_episodes": 2,
+        "drawn_episodes": 2,
+        "trained_episodes": 0,
+        "updates": 0,
+        "refused_updates": 0,
+        "loss": None,
+        "entropy": None,
+        "clip_share": None,
+        "logprob_gap": None,
+        "grad_norm": None,
+        "rollout_gap": None,
+    }
+    found = {key: value and float(value) for key, value in metrics.items()}
+    assert found == pytest.approx(expected)
+    assert failed == [["SFG"]] * 254 + [["SG"], ["SH"]]
+
+
+def test_an_iteration_that_is_given_up_leaves_no_trace(monkeypatch):
+    """It ends after a round of answers; the maps that it would have replayed are still to be."""
+    monkeypatch.setattr(train.INTERRUPTS, "asked", True)
+    texts = []
+    policy = ByRule(texts.append)
+    settings = tiny_settings(groups=3, group_size=2, replay=1.0)
+    failed = [["SFG"]] * 3
+    with pytest.raises(train.Stopped):
+        train.iterate(policy, None, SimpleNamespace(settings=settings), 5, failed)
+    assert len(texts) == 6
+    assert failed == [["SFG"]] * 3
+
+
+def test_the_warm_up_reads_training_maps_alone(monkeypatch):
+    make_lake = train.Settings.lake
+    maps = []
+
+    def making(settings, desc, *key):
+        maps.append(desc)
+        return make_lake(settings, desc, *key)
+
+    learner = tiny_learner(warmup_steps=2)
+    monkeypatch.setattr(train.Settings, "lake", making)
+    train.warm_up(learner.trainee("go"), learner)
+    assert len(maps) == 2 * 64
+    assert not any(frozenlake.is_held_out(desc) for desc in maps)
+
+
+# Evaluation
+
+
+def reflex(text):
+    """Down where the cell below is no hole, else right."""
+    cells = [row.split() for row in text.split("\n")]
+    row = next(i for i, row in enumerate(cells) if "P" in row)
+    below = cells[row + 1 :]
+    can_go_down = below and below[0][cells[row].index("P")] != "O"
+    return "down" if can_go_down else "right"
+
+
+def evaluate(name, greedy=True, **settings):
+    """The figures of a policy that is a reflex."""
+    policy = ByRule(reflex)
+    learner = SimpleNamespace(
+        settings=tiny_settings(**settings), player=lambda instructions: policy
     )
-    assert layers
-    for uniforms in (None, np.random.default_rng(0).random((6, 5))):  # it scores as it was sampled
-        steps[:] = [msgrpo.Step(*answer) for answer in agent.act("abacab", uniforms)]
-        found = torch.tensor([logprob for step in steps for logprob in step.logprobs])
-        torch.testing.assert_close(found, slowly()[0], atol=1e-5, rtol=0)
-        ids = [torch.tensor([[*prefix, *step.prompt, *step.response]]) for step in steps]
-        rows = [model(row)[0, :-1, :size] for row in ids]
-        rows = [row[-len(step.response) :] for row, step in zip(rows, steps)]
-        best = [row.argmax(-1).tolist() == [*step.response] for row, step in zip(rows, steps)]
-        assert all(best) == (uniforms is None)
+    figures = train.evaluate(learner, name, greedy)
+    assert policy.greedy == greedy
+    return figures
 
 
-def test_a_bfloat16_learner_trains_and_saves_float32(tmp_path):
-    model, _ = lm.load_pretrained(DATA / "qwen2-untied")
+def test_every_held_out_map_is_evaluated_once():
+    figures = evaluate("noslip")
+    assert figures["episodes"] == 503
+    assert figures["success"] == pytest.approx(figures["reflex1"]) == pytest.approx(0.747, abs=5e-4)
+    assert figures["reflex2"] == pytest.approx(0.844, abs=5e-4)
+    assert figures["optimal"] == pytest.approx(1)
+    assert figures["random"] == pytest.approx(0.0056, abs=5e-5)
+    assert figures["unweighted"] < figures["success"]
+    assert figures["half_interval"] == 0
+    assert figures["valid"] == 1
+    assert evaluate("noslip", greedy=False)["half_interval"] > 0
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_other_evaluations_are_of_the_same_episodes_every_time(name, monkeypatch):
+    """On held-out maps alone, each of the same weight, by the scenario's own rules."""
+    play = msgrpo.play
+    played = []
+
+    def playing(policy, games, *options):
+        played.append([(game.tiles, str(game.rng.bit_generator.state)) for game in games])
+        for game in games:
+            assert game.max_steps == SCENARIOS[name].max_steps
+            assert game.success_rate == SCENARIOS[name].success_rate
+            rows = [game.tiles[i : i + game.columns] for i in range(0, len(game.tiles), game.rows)]
+            assert frozenlake.is_held_out(rows)
+        return play(policy, games, *options)
+
+    monkeypatch.setattr(msgrpo, "play", playing)
+    figures = evaluate(name, eval_episodes=50, seed=1, max_steps=2)
+    again = evaluate(name, eval_episodes=50, seed=2, max_steps=3)
+    assert figures == again
+    assert played[0] == played[1]
+    assert len(set(played[0])) == figures["episodes"] == 50
+    assert figures["success"] == pytest.approx(figures["unweighted"])
+    assert figures["half_interval"] > 0
+
+
+@pytest.mark.parametrize("n, p", [(100, 0.5), (1000, 0.9), (50, 0.0), (50, 1.0)])
+def test_the_interval_is_wilsons(n, p):
+    z = 1.96
+    expected = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    found = train.half_interval(p, np.full(n, 1 / n))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+# The command line
+
+
+def command(line, **options):
+    """Exit status of train.py with these arguments."""
+    return train.main(line.split(), **options)
+
+
+CPU = "--device cpu --dtype float32 --threads 1"
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """A tiny run, warmed up just enough to give answers of the right form; it cannot play."""
+    out = tmp_path_factory.mktemp("runs") / "warm"
+    status = command(
+        f"--tiny --out {out} --seed 7 --warmup-steps 40 --iterations 2 --groups 4 --group-size 4 "
+        f"--eval-episodes 20 --eval-every 2 {CPU}"
+    )
+    assert status == 0
+    return out
+
+
+QUICK = (
+    "--iterations 4 --groups 4 --group-size 4 --update-episodes 4 --max-new-tokens 3 --max-gap 9 "
+    f"--learning-rate 0.01 --invalid-penalty 0.5 --eval-episodes 1 --checkpoint-every 2 {CPU}"
+)
+
+
+def start(checkpoint, out, flags="", **options):
+    """Exit status of a small run with these flags."""
+    return command(f"--checkpoint {checkpoint} --out {out} {QUICK} {flags}", **options)
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_summary(out):
+    return json.loads((out / "summary.json").read_text())
+
+
+def results(out):
+    """A run's metrics and summary, without clocks and echoes of settings, and its weights."""
+    figures = [
+        {key: value for key, value in record.items() if "second" not in key}
+        for record in (*read_metrics(out), read_summary(out))
+    ]
+    for record in figures:
+        record.pop("seed", None)
+        record.pop("learning_rate", None)
+    return figures, (out / "model/model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def found(warm, tmp_path_factory):
+    """The results of a run from `warm` with QUICK and these flags; each is run once."""
+    cache = {}
+
+    def find(flags):
+        if flags not in cache:
+            out = tmp_path_factory.mktemp("runs") / "run"
+            assert start(warm, out, flags) == 0
+            cache[flags] = results(out)
+        return cache[flags]
+
+    return find
+
+
+def test_a_run_leaves_its_settings(warm):
+    given = {"iterations": 2, "groups": 4, "warmup_steps": 40, "seed": 7, "threads": 1}
+    settings = json.loads((warm / "settings.json").read_text())
+    assert settings.keys() == {field.name for field in dataclasses.fields(train.Settings)}
+    assert settings.items() >= given.items()
+    untouched = train.TINY.keys() - given.keys() - {"group_size"}
+    assert all(settings[key] == train.TINY[key] for key in untouched)
+
+
+def test_a_run_leaves_metrics_and_a_summary(warm):
+    metrics = read_metrics(warm)
+    summary = read_summary(warm)
+    unseen = summary["scenarios"]["noslip"]
+    assert [record["iteration"] for record in metrics] == [1, 2]
+    assert metrics[0]["tokens_per_second"] > 0
+    assert "unseen_success" not in metrics[0]
+    assert metrics[1]["unseen_success"] == unseen["success"]
+    assert list(summary["scenarios"]) == list(SCENARIOS)
+    assert summary["unseen_success"] == unseen["success"]
+    assert summary["unseen_success_unweighted"] == unseen["unweighted"]
+    assert summary["random_success"] == unseen["random"]
+    assert summary["optimal_success"] == unseen["optimal"]
+    assert summary["seed"] == 7
+    assert metrics[0]["seconds"] < metrics[1]["seconds"] < summary["seconds"] < 600
+
+
+def test_the_warm_up_teaches_to_speak_not_to_play(warm):
+    before = read_summary(warm)["before"]
+    assert before["valid"] > 0.8
+    assert before["success"] <= 0.1  # of 20 episodes
+
+
+def test_a_run_leaves_a_model_that_knows_where_an_answer_ends(warm):
+    _, tokenizer = lm.load_pretrained(warm / "model")
+    assert [tokenizer.decode([i]) for i in tokenizer.end_ids] == ["</action>"]
+
+
+@pytest.mark.parametrize("what", ["{warm}", "{warm}/model --max-new-tokens 3"])
+def test_a_run_and_its_model_are_evaluated_alike(what, warm, capsys):
+    line = what.format(warm=warm)
+    assert command(f"--eval {line} --eval-episodes 20 {CPU}") == 0
+    rows = re.findall(r"(?m)^(\w+) +success ([\d.]+) .* episodes (\d+)", capsys.readouterr().out)
+    scenarios = read_summary(warm)["scenarios"]
+    assert rows == [(name, f"{scenarios[name]['success']:.4g}", "20") for name in SCENARIOS]
+
+
+def test_play_shows_a_game_on_a_held_out_map(warm, capsys):
+    assert command(f"--play {warm} --seed 3 --scenario big --max-steps 5") == 0
+    shown = capsys.readouterr().out
+    assert "6 rows" in shown
+    assert "5 steps" in shown
+    assert re.search(r"<action>.*the goal in \d steps", shown, re.DOTALL)
+    first_grid = re.findall(r"(?m)^[P_OG](?: [P_OG]){5}$", shown)[:6]
+    tiles = str.maketrans({" ": "", "P": "S", "O": "H", "_": "F"})
+    assert frozenlake.is_held_out([row.translate(tiles) for row in first_grid])
+
+
+def test_help_names_all_settings(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        command("--help")
+    assert leaving.value.code == 0
+    shown = capsys.readouterr().out
+    for name in ("tiny", "resume", "eval", "play", *(CHANGES.keys() | NO_CHANGE)):
+        assert f"--{name.replace('_', '-')}" in shown
+
+
+def test_progress_is_one_line_with_the_time_left(warm):
+    line = train.progress_line(read_metrics(warm)[0], iterations=11, ends=[0.0, 30.0, 62.0])
+    assert line.startswith("   1/11  success 0")
+    assert line.endswith("  5:10 left")
+
+
+def test_metrics_are_strict_json():
+    record = {"a": float("nan"), "b": None, "c": np.float32(0.5)}
+    assert json.loads(train.to_json(record)) == {"a": None, "b": None, "c": 0.5}
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_complete_run_resumed_is_the_same(warm):
+    before = results(warm)
+    assert command(f"--resume {warm}") == 0
+    assert results(warm) == before
+
+
+def test_runs_are_numbered_and_reproduced(warm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert command(f"--checkpoint {warm} {QUICK} --iterations 1") == 0
+    assert [path.name for path in sorted(Path("runs").iterdir())] == ["0001", "0002"]
+    assert results(Path("runs/0001")) == results(Path("runs/0002"))
+
+
+def test_a_fork_brings_an_agent_of_its_own(warm, tmp_path):
+    """It plays, learns and is evaluated."""
+
+    class Mumbling(lm.LanguageAgent):
+        def act(self, observations, uniforms):
+            answers = super().act(observations, uniforms)
+            return [dataclasses.replace(answer, text="hm") for answer in answers]
+
+        def score(self, answers):
+            assert {answer.text for answer in answers} == {"hm"}
+            scored.append(len(answers))
+            return super().score(answers)
+
+    scored = []
+    flags = "--iterations 1 --sampling all --entropy-coef 0.1"
+    assert start(warm, tmp_path / "a", flags, agent_class=Mumbling) == 0
+    assert sum(scored) == 16 * 8
+    assert read_metrics(tmp_path / "a")[0]["valid"] == 0
+    for figures in read_summary(tmp_path / "a")["scenarios"].values():
+        assert figures["valid"] == 0
+
+
+def test_max_steps_is_of_training_alone():
+    desc = MAPS["4x4"]
+    assert tiny_settings().lake(desc).max_steps == 8
+    assert tiny_settings(max_steps=3).lake(desc).max_steps == 3
+    assert tiny_settings(max_steps=3).lake(desc, scenario="noslip").max_steps == 8
+
+
+@pytest.fixture(scope="module")
+def iterations(warm, tmp_path_factory):
+    """What was played and learned in each of four iterations, with four groups of six episodes."""
+    play = msgrpo.play
+    accumulate = train.accumulate_gradient
+    seen = []
+
+    def playing(policy, games, *options, **more):
+        luck = [str(game.rng.bit_generator.state) for game in games]
+        episodes = play(policy, games, *options, **more)
+        if len(games) == 24:  # evaluations have other sizes
+            maps = [[game.tiles[i : i + 6] for i in range(0, 36, 6)] for game in games]
+            seen.append(SimpleNamespace(maps=maps, luck=luck, episodes=episodes, updates=[]))
+        return episodes
+
+    def accumulating(policy, episodes, *options):
+        statistics = accumulate(policy, episodes, *options)
+        seen[-1].updates.append((episodes, statistics))
+        return statistics
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "tiny_start", lambda settings: (model, Words()))
-        learner = train.Learner(train.Settings(dtype="bfloat16", device="cpu"))
-    agent = learner.agent(Corridor.instructions)
-    assert {p.dtype for p in learner.model.parameters()} == {torch.bfloat16}
-
-    def update(rate, factor=1.0):
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        for prompt in ((1, 2), (3,)):  # two micro-batches
-            (agent.score([msgrpo.Step(prompt, (6, 7))])[0].sum() * factor).backward()
-        learner.update(rate)
-        assert all(
-            torch.equal(low, p.bfloat16())  # what plays next is what was learned
-            for low, p in zip(learner.model.parameters(), model.parameters(), strict=True)
-        )
-        lm.save_pretrained(tmp_path, learner.master, None)
-        saved = lm.read_safetensors(tmp_path / "model.safetensors")
-        return {
-            name: (saved[name] - p).abs() for name, p in before.items() if "proj.weight" in name
-        }
-
-    for change in update(1e-6).values():  # would vanish in bfloat16
-        assert (change > 0).float().mean() > 0.7 and change.max() < 2e-6
-    assert not any(change.any() for change in update(1e-6, float("nan")).values())  # refused
-    assert all(change.max() > 0.05 for change in update(0.1).values())
+        patch.setattr(msgrpo, "play", playing)
+        patch.setattr(train, "accumulate_gradient", accumulating)
+        flags = "--group-size 6 --scenario bigslippery --temperature 1.5"
+        assert start(warm, tmp_path_factory.mktemp("runs") / "run", flags) == 0
+    assert len(seen) == 4
+    return seen
 
 
-# Files of others: safetensors, config.json, shards, tokenizer.json
+def test_a_group_shares_its_map_and_not_its_luck(iterations):
+    for it in iterations:
+        groups = [it.maps[i : i + 6] for i in range(0, 24, 6)]
+        assert all(group == group[:1] * 6 for group in groups)
+        assert len({str(group) for group in groups}) > 1
+        assert not any(frozenlake.is_held_out(desc) for desc in it.maps)
+    assert len({luck for it in iterations for luck in it.luck}) == 4 * 24
+
+
+def advantages_of(episodes):
+    """In groups of six: worked out from the rewards."""
+    returns = np.array([sum(step.reward for step in episode) for episode in episodes])
+    returns = returns.reshape(-1, 6)
+    spread = returns.std(1, keepdims=True)
+    return ((returns - returns.mean(1, keepdims=True)) / (spread + 1e-6)).flatten()
+
+
+def test_all_steps_are_paid_the_advantage_of_their_episode(iterations):
+    for it in iterations:
+        for episode, advantage in zip(it.episodes, advantages_of(it.episodes), strict=True):
+            credit = [step.credit for step in episode]
+            assert credit == pytest.approx([advantage] * len(episode), abs=1e-4)
+
+
+def test_half_of_the_episodes_are_learned_and_none_without_advantage(iterations):
+    for it in iterations:
+        with_advantage = np.flatnonzero(np.abs(advantages_of(it.episodes)) > 1e-6)
+        place = {id(episode): i for i, episode in enumerate(it.episodes)}
+        learned = [place[id(episode)] for episodes, _ in it.updates for episode in episodes]
+        assert len(set(learned)) == len(learned) == min(12, len(with_advantage))
+        assert set(learned) <= set(with_advantage)
+        assert max(len(episodes) for episodes, _ in it.updates) <= 5
+
+
+def test_the_ratio_is_one_at_the_first_update_of_an_iteration(iterations):
+    for it in iterations:
+        gaps = [statistics["logprob_gap"] for _, statistics in it.updates]
+        assert gaps[0] < 1e-5 < gaps[-1]
+
+
+CHANGES = {  # for every setting flags that QUICK has not
+    "seed": "--seed 1",
+    "iterations": "--iterations 1",
+    "scenario": "--scenario big",
+    "max_steps": "--max-steps 3",
+    "think": "--think",
+    "coordinates": "--coordinates",
+    "eval_every": "--eval-every 1",
+    "eval_episodes": "--eval-episodes 2",
+    "groups": "--groups 2",
+    "group_size": "--group-size 2",
+    "sampling": "--sampling uniform",
+    "keep": "--keep 0.2",
+    "gamma": "--gamma 0.5",
+    "normalize_std": "--no-normalize-std",
+    "update_episodes": "--update-episodes 2",
+    "clip": "--clip 1e-6",
+    "max_gap": "--max-gap 0",
+    "entropy_coef": "--entropy-coef 0.5",
+    "learning_rate": "--learning-rate 0.002",
+    "grad_clip": "--grad-clip 1e-9",
+    "temperature": "--temperature 0.8",
+    "max_new_tokens": "--max-new-tokens 2",
+    "invalid_penalty": "--invalid-penalty 5",
+    "replay": "--replay 1",
+    "warmup_steps": "--warmup-steps 1",
+    "dtype": "--dtype bfloat16",
+    "micro_batch_tokens": "--micro-batch-tokens 10",
+}
+# These change nothing in a short run, or nothing at all: each has a test of its own.
+NO_CHANGE = {"final_rate", "explore", "checkpoint", "checkpoint_every", "device"}
+NO_CHANGE |= {"threads", "recompute"}
+
+
+def test_no_flag_is_forgotten_here():
+    names = {field.name for field in dataclasses.fields(train.Settings)}
+    assert names == CHANGES.keys() | NO_CHANGE
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_flag_changes_something(name, found):
+    base = "--iterations 2" if name in ("replay", "iterations") else "--iterations 1"
+    assert found(f"{base} {CHANGES[name]}") != found(base)
+
+
+def test_threads_and_recomputing_change_no_figure(found, monkeypatch):
+    expected = found("--iterations 1")
+    again = watch_checkpoints(monkeypatch)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    assert found("--iterations 1 --recompute --threads 2") == expected
+    assert again
+    assert threads == [2]
+
+
+def test_in_bfloat16_samples_are_scored_again(found):
+    figures, _ = found("--iterations 1")
+    assert figures[0]["rollout_gap"] is None
+    figures, _ = found("--iterations 1 --dtype bfloat16")
+    assert figures[0]["rollout_gap"] < 0.05
+
+
+REFUSALS = {  # use: a word of the message
+    "--tiny --nonsense": "--nonsense",
+    "--tiny --iter 3": "--iter",
+    "--tiny --learning-rat 3": "did you mean --learning-rate?",
+    "--tiny --lr 3": "did you mean --learning-rate?",
+    "--tiny extra": "extra",
+    "": "--tiny",
+    "--tiny --gamma 2": "gamma",
+    "--tiny --gamma nan": "gamma",
+    "--tiny --max-gap inf": "max-gap",
+    "--tiny --groups 0": "groups",
+    "--tiny --threads 100000000000": "threads",
+    "--tiny --sampling best": "sampling",
+    "--tiny --iterations x": "iterations",
+    "--tiny --eval RUN": "--tiny",
+    "--tiny --device banana": "banana",
+    "--tiny --device cuda:99": "cuda:99",
+    "--eval RUN --gamma .5": "gamma",
+    "--tiny --out RUN": "RUN",
+    "--tiny --out FOREIGN": "FOREIGN",
+    "--tiny --out /proc/x": "/proc/x",
+    "--tiny --out FOREIGN/notes.txt": "notes.txt",
+    "--resume RUN --seed 3": "seed",
+    "--resume RUN --out NEW": "out",
+    "--eval RUN --out NEW": "out",
+    "--resume NOWHERE": "NOWHERE",
+    "--resume FOREIGN": "FOREIGN",
+    "--resume EMPTY": "EMPTY",
+    "--eval NOWHERE": "NOWHERE",
+    "--eval FOREIGN": "FOREIGN",
+    "--play EMPTY": "EMPTY",
+    "--checkpoint EMPTY": "EMPTY",
+    "--resume CUT_STATE": "state.pt",
+    "--eval CUT_STATE": "state.pt",
+    "--resume CUT_SETTINGS": "settings.json",
+    "--eval CUT_MODEL": "model.safetensors",
+    "--play CUT_MODEL": "model.safetensors",
+    "--checkpoint CUT_MODEL": "model.safetensors",
+}
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.fixture(scope="module")
+def homes(warm, tmp_path_factory):
+    """A run, and what is broken or no run at all."""
+    home = tmp_path_factory.mktemp("homes")
+    for name in ("RUN", "CUT_STATE", "CUT_SETTINGS"):
+        shutil.copytree(warm, home / name)
+    shutil.copytree(warm / "model", home / "CUT_MODEL")
+    cut(home / "CUT_STATE/state.pt")
+    cut(home / "CUT_MODEL/model.safetensors")
+    cut(home / "CUT_SETTINGS/settings.json")
+    (home / "EMPTY").mkdir()
+    (home / "FOREIGN").mkdir()
+    (home / "FOREIGN/notes.txt").write_text("mine")
+    return home
+
+
+@pytest.mark.parametrize("use", REFUSALS)
+def test_bad_use_is_one_line_and_touches_nothing(use, homes, capfd, monkeypatch):
+    monkeypatch.chdir(homes)
+    before = snapshot(homes)
+    folders = sorted(homes.iterdir())
+    assert command(use) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("train.py: ")
+    assert REFUSALS[use] in lines[0]
+    assert snapshot(homes) == before
+    assert sorted(homes.iterdir()) == folders
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
+    def run(argv, agent_class):
+        with lm.blaming("a file"):
+            raise error
+
+    monkeypatch.setattr(train, "run", run)
+    assert command("--tiny") == 2
+    assert "lower --micro-batch-tokens" in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_is_no_bad_use(monkeypatch):
+    monkeypatch.setattr(train, "run", lambda argv, agent_class: torch.zeros(2).view(3))
+    with pytest.raises(RuntimeError, match="invalid"):
+        command("--tiny")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Copies a golden checkpoint to where it may be changed."""
+    return lambda name: shutil.copytree(DATA / name, tmp_path / name)
+
+
+def test_what_is_not_supported_is_said_before_weights_are_read(checkpoint, monkeypatch):
+    directory = checkpoint("llama-biases")
+    config = json.loads((directory / "config.json").read_text())
+    config["model_type"] = "mistral"
+    (directory / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(lm, "read_safetensors", lambda path: pytest.fail("read"))
+    with pytest.raises(ValueError, match="mistral"):
+        lm.load_pretrained(directory)
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(tmp_path, capsys):
+    assert start(DATA / "qwen2-untied", tmp_path / "a") == 2
+    assert "tokenizer.json" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_make_is_trained_and_saved(checkpoint, tmp_path):
+    """Qwen2, with more rows than tokens, and end tokens of its own."""
+    directory = checkpoint("qwen2-untied")
+    golden, _ = lm.load_pretrained(directory)
+    torch.manual_seed(0)
+    model = lm.Transformer(dataclasses.replace(golden.config, vocab_size=999))
+    lm.save_pretrained(directory, model, None)
+    tokenizer = json.loads((DATA / "tokenizer-digits.json").read_text())["tokenizer"]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+
+    out = tmp_path / "run"
+    flags = "--iterations 1 --sampling all --entropy-coef 0.1 --learning-rate 1e-6 --coordinates"
+    assert start(directory, out, flags) == 0
+    trained, its_tokenizer = lm.load_pretrained(out / "model")
+    assert its_tokenizer.size < 999
+    assert its_tokenizer.end_ids >= {0, 5}
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (out / "model" / name).read_bytes() == (directory / name).read_bytes()
+    change = (trained.lm_head.weight - model.lm_head.weight).abs()
+    assert change.dtype == torch.float32
+    assert 0 < change.max() < 3e-6
+
+
+# Stopped, killed, resumed
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(*_):
+    raise Killed
+
+
+def write_half_and_kill(state, file):
+    file.write(b"half a state")
+    raise Killed
+
+
+def at_call(patch, module, name, number, act):
+    """Have this call of module.name act first."""
+    function = getattr(module, name)
+    calls = itertools.count(1)
+
+    def acting(*args, **options):
+        if next(calls) == number:
+            act(*args)
+        return function(*args, **options)
+
+    patch.setattr(module, name, acting)
+
+
+@pytest.mark.parametrize(
+    "module, name, number, act, flags",
+    [
+        (msgrpo, "episode_advantages", 1, kill, ""),  # before there is any state
+        (msgrpo, "episode_advantages", 4, kill, ""),  # an iteration after the last state
+        (torch, "save", 2, write_half_and_kill, ""),
+        (lm, "write_safetensors", 1, kill, ""),
+        (msgrpo, "play", 7, kill, ""),  # in the evaluation at the end
+        (msgrpo, "episode_advantages", 4, kill, "--dtype bfloat16 --replay 0.5"),
+    ],
+)
+def test_killed_and_resumed_is_never_stopped(
+    module, name, number, act, flags, warm, found, tmp_path
+):
+    """Bit for bit, whatever random numbers were drawn and threads were set before."""
+    expected = found(flags)
+    out = tmp_path / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, module, name, number, act)
+        with pytest.raises(Killed):
+            start(warm, out, flags)
+    assert not (out / "summary.json").exists()
+    torch.set_num_threads(2)
+    torch.manual_seed(99)
+    assert command(f"--resume {out}") == 0
+    assert results(out) == expected
+
+
+@pytest.mark.parametrize(
+    "module, name, number, signals, lines, has_state",
+    [
+        (msgrpo, "play", 3, [signal.SIGINT], 1, True),  # while iteration 2 plays: given up
+        (msgrpo, "episode_advantages", 2, [signal.SIGTERM], 1, True),  # before its first update
+        (train.Learner, "update", 1, [signal.SIGINT], 1, True),  # later: iteration 1 ends first
+        (train, "summarize", 4, [signal.SIGINT], 4, True),  # iteration 4 is the last
+        (msgrpo, "episode_advantages", 2, [signal.SIGINT] * 2, 1, False),  # at once
+    ],
+)
+def test_interrupted_and_resumed_is_never_stopped(
+    module, name, number, signals, lines, has_state, warm, found, tmp_path, capsys
+):
+    expected = found("")
+    out = tmp_path / "a"
+
+    def interrupt(*_):
+        for one in signals:
+            os.kill(os.getpid(), one)
+
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, module, name, number, interrupt)
+        assert start(warm, out, "--checkpoint-every 4") == 130
+    assert capsys.readouterr().err.strip() == "train.py: interrupted"
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert len(read_metrics(out)) == lines
+    assert (out / "state.pt").exists() == has_state
+    assert command(f"--resume {out}") == 0
+    assert results(out) == expected
+
+
+def test_half_of_torchruns_environment_is_refused(monkeypatch, capsys):
+    """One process would do the work of a share, and not say so."""
+    monkeypatch.setenv("RANK", "0")
+    assert command("--tiny") == 2
+    assert "WORLD_SIZE" in capsys.readouterr().err
+
+
+def test_a_run_may_be_moved(warm, found, tmp_path, monkeypatch):
+    """It goes on without the checkpoint that it started from, and can be looked at before."""
+    expected = found("")
+    shutil.copytree(warm, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, msgrpo, "episode_advantages", 4, kill)
+        with pytest.raises(Killed):
+            start("base", "run")
+    shutil.rmtree("base")
+    Path("run").rename("moved")
+    assert command("--eval moved --eval-episodes 1") == 0
+    assert command("--play moved") == 0
+    assert command("--resume moved") == 0
+    assert results(Path("moved")) == expected
+
+
+def test_a_run_may_be_lengthened(warm, found, tmp_path):
+    expected = found("")
+    out = tmp_path / "a"
+    assert start(warm, out, "--iterations 2") == 0
+    assert command(f"--resume {out} --iterations 4 --micro-batch-tokens 9999") == 0
+    assert results(out) == expected
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["iterations"] == 4
+    assert settings["micro_batch_tokens"] == 9999
+
+
+def test_a_run_without_finite_gradients_ends(warm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Learner, "update", lambda self, rate: float("nan"))
+    assert start(warm, tmp_path / "a", "--iterations 9") == 2
+    assert "no gradient was finite since iteration 1" in capsys.readouterr().err
+    metrics = read_metrics(tmp_path / "a")
+    assert len(metrics) == 3
+    assert all(record["refused_updates"] and not record["updates"] for record in metrics)
+    assert metrics[0]["grad_norm"] is None
+
+
+def test_a_run_that_learned_nothing_says_why(warm, tmp_path, capsys):
+    assert start(warm, tmp_path / "a", "--iterations 1 --scenario big --invalid-penalty 0") == 0
+    assert "nothing was learned" in capsys.readouterr().out
+
+
+# Several processes
+
+
+RUN_EACH = """
+import sys, train
+assert train.main(sys.argv[1].split()) == 0
+train.join_processes = lambda device: None  # they are joined
+assert train.main(sys.argv[2].split()) == 0
+"""
+
+
+def two_processes(*lines):
+    """What train.py prints for these command lines, by two processes on the CPU."""
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python"
+    ended = subprocess.run(
+        [sys.executable, *launch.split(), sys.executable, "-c", RUN_EACH, *lines],
+        cwd=Path(train.__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def first_moments(out):
+    """Adam's, at the end of a run: the gradients of its updates, averaged."""
+    moments = torch.load(out / "state.pt", weights_only=True)["moments"]["state"]
+    return torch.cat([moments[name]["exp_avg"].flatten() for name in sorted(moments)])
+
+
+def test_two_processes_do_what_one_does(warm, tmp_path):
+    """Metrics, gradients and weights are the same; and two go on with what one began."""
+    flags = "--micro-batch-tokens 200 --learning-rate 1e-4"
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    began = tmp_path / "began"
+    assert start(warm, one, flags) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, msgrpo, "episode_advantages", 3, kill)
+        with pytest.raises(Killed):
+            start(warm, began, flags)
+    line = f"--checkpoint {warm} --out {two} {QUICK} {flags}"
+    shown = two_processes(line, f"--resume {began}")
+    assert shown.count("this run is") == 1  # the first process alone speaks
+
+    expected = read_metrics(one)
+    weights = lm.read_safetensors(one / "model/model.safetensors")
+    moments = first_moments(one)
+    for out in (two, began):
+        for found, record in zip(read_metrics(out), expected, strict=True):
+            for key, value in record.items():
+                if "second" not in key and value is not None:
+                    assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+        found = lm.read_safetensors(out / "model/model.safetensors")
+        torch.testing.assert_close(found, weights, atol=1e-5, rtol=0)
+        assert (first_moments(out) - moments).norm() < 1e-5 * moments.norm()
+
+
+# Learning
+
+
+def test_the_method_knows_no_game_and_no_processes():
+    source = Path(msgrpo.__file__).read_text()
+    imports = re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE)
+    assert set(imports) <= {"dataclasses", "typing", "numpy", "torch"}
+    assert "distributed" not in source
+
+
+def test_a_corridor_is_learned():
+    """Another game, another vocabulary, no warm-up: from two successes in five to nearly always."""
+    agent = corridor_agent(std=0.2)
+    optimizer = torch.optim.Adam(agent.model.parameters(), lr=0.005)
+    success = []
+    for iteration in range(40):
+        games = [
+            Corridor(("west", "east")[group % 2], 2 + group // 2 % 2, iteration, group, episode)
+            for group in range(8)
+            for episode in range(16)
+        ]
+        agent.refresh()
+        episodes = msgrpo.play(agent, games)
+        success.append(np.mean([episode[-1].success for episode in episodes]))
+        returns = msgrpo.episode_returns(episodes).view(8, 16)
+        advantages = msgrpo.episode_advantages(returns).flatten()
+        msgrpo.assign_credit(episodes, advantages)
+        rng = np.random.default_rng(iteration)
+        drawn = msgrpo.draw_episodes(advantages, "aaw", 64, rng)
+        msgrpo.accumulate_gradient(agent, [episodes[i] for i in drawn], entropy_coef=0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert np.mean(success[:3]) < 0.45
+    assert np.mean(success[-5:]) > 0.9
+
+
+def test_a_frozen_lake_is_learned(warm, tmp_path, monkeypatch):
+    """All of train.py on one map, where a random player has .02."""
+    draw_map = frozenlake.draw_map
+
+    def draw_one(scenario, rng, held_out=False):
+        if held_out:
+            return draw_map(scenario, rng, held_out=True)
+        return ["SFFF", "FFFF", "FFFF", "FFFG"]
+
+    monkeypatch.setattr(frozenlake, "draw_map", draw_one)
+    flags = "--iterations 18 --group-size 32 --update-episodes 16 --learning-rate 0.003"
+    assert start(warm, tmp_path / "a", f"{flags} --temperature 1 --max-gap 0.15") == 0
+    success = [record["success"] for record in read_metrics(tmp_path / "a")]
+    assert success[0] < 0.1
+    assert np.mean(success[-5:]) > 0.4
+
+
+# Files of others: safetensors, config.json, shards, tokenizers, chat templates
+
+
+# safetensors
 
 
 def raw_file(header, data=b""):
@@ -739,7 +2018,8 @@ def f32(shape, *span):
 ACCEPTED = [
     raw_file({}),
     raw_file(b" \n{} \t "),
-    *(raw_file({"__metadata__": data}) for data in (None, {"a": "b"})),
+    raw_file({"__metadata__": None}),
+    raw_file({"__metadata__": {"a": "b"}}),
     raw_file({"b": f32([1], 4, 8), "a": f32([], 0, 4)}, bytes(8)),
     raw_file({"a": f32([0, 1 << 40], 0, 0)}),
     raw_file({"a": f32([2], 0, 8) | {"more": [None]}}, bytes(8)),
@@ -748,52 +2028,49 @@ ACCEPTED = [
         {"z": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": f32([1], 1, 5)}, bytes(5)
     ),
 ]
+BAD_SIZES = [struct.pack("<Q", size) + b"{}" for size in (3, 100_000_001, 1 << 63)]
+BAD_HEADERS = [
+    b"\xef\xbb\xbf{}",
+    b'{"\xff": 1}',
+    b"[]",
+    b"{}x",
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    {"__metadata__": []},
+    {"__metadata__": {"a": 1}},
+    {"__metadata__": {"\ud800": "a"}},
+    {"a": None},
+    {"a": []},
+    {"a": {}},
+]
+BAD_ENTRIES = [
+    f32([1], 0, 4) | {"dtype": "F8_E4M3"},
+    f32([1], 0, 4) | {"dtype": ["F32"]},
+    f32([True], 0, 4),
+    f32([1.0], 0, 4),
+    f32([-1], 0, 4),
+    f32(1, 0, 4),
+    f32([1], 0, 4, 8),
+    f32([1], False, 4),
+    f32([1], 4, 0),
+    f32([1], 0, 8),
+    f32([2], 0, 4),
+    f32([1 << 62, 0], 0, 4),
+    f32([1 << 63, 0], 0, 0),
+    f32([1 << 62, 1 << 62, 0], 0, 0),
+    f32([1 << 62] * 64, 0, 4),
+    f32([1], "0", 4),
+    f32([1], 0, 1 << 70),
+]
 REFUSED = [
     b"",
     bytes(7),
     bytes(8),
-    *(struct.pack("<Q", size) + b"{}" for size in (3, 100_000_001, 1 << 63)),
-    *map(
-        raw_file,
-        (
-            b"\xef\xbb\xbf{}",
-            b'{"\xff": 1}',
-            b"[]",
-            b"{}x",
-            b'{"__metadata__": {"a": NaN}}',
-            b"[" * 100_000,
-            b'{"__metadata__":{},"__metadata__":{}}',
-            b'{"a":' * 100_000,
-            {"__metadata__": []},
-            {"__metadata__": {"a": 1}},
-            {"a": None},
-            {"a": []},
-            {"a": {}},
-        ),
-    ),
+    *BAD_SIZES,
+    *(raw_file(header) for header in BAD_HEADERS),
+    *(raw_file({"a": entry}, bytes(4)) for entry in BAD_ENTRIES),
+    raw_file({"\ud800": f32([1], 0, 4)}, bytes(4)),  # a name that is no valid Unicode
     raw_file({}, b"\0"),
-    *(
-        raw_file({"a": entry}, bytes(4))
-        for entry in (
-            f32([1], 0, 4) | {"dtype": "F8_E4M3"},
-            f32([1], 0, 4) | {"dtype": ["F32"]},
-            f32([True], 0, 4),
-            f32([1.0], 0, 4),
-            f32([-1], 0, 4),
-            f32(1, 0, 4),
-            f32([1], 0, 4, 8),
-            f32([1], False, 4),
-            f32([1], 4, 0),
-            f32([1], 0, 8),
-            f32([2], 0, 4),
-            f32([1 << 62, 0], 0, 4),
-            f32([1 << 63, 0], 0, 0),
-            f32([1 << 62, 1 << 62, 0], 0, 0),
-            f32([1 << 62] * 64, 0, 4),
-            f32([1], "0", 4),
-            f32([1], 0, 1 << 70),
-        )
-    ),
     raw_file({"a": f32([1], 4, 8)}, bytes(8)),
     raw_file({"a": f32([1], 0, 4), "b": f32([1], 2, 6)}, bytes(6)),
     raw_file({"a": f32([1], 0, 4), "b": f32([1], 5, 9)}, bytes(9)),
@@ -812,35 +2089,27 @@ def test_safetensors_accepts_and_refuses(tmp_path):
             lm.read_safetensors(path)
 
 
+KINDS = "bfloat16 float16 float32 float64 int8 int16 int32 int64 uint8 bool".split()
+
+
 def test_safetensors_round_trip_truncations_and_mutations(tmp_path):
-    path, rng = tmp_path / "a.safetensors", random.Random(0)
-    tensors = [
-        torch.tensor([[-1.5, 2]]).to(getattr(torch, kind))
-        for kind in (
-            "bfloat16",
-            "float16",
-            "float32",
-            "float64",
-            "int8",
-            "int16",
-            "int32",
-            "int64",
-            "uint8",
-            "bool",
-        )
-    ]
+    path = tmp_path / "a.safetensors"
+    tensors = [torch.tensor([[-1.5, 2]]).to(getattr(torch, kind)) for kind in KINDS]
     tensors += [torch.tensor(2.5), torch.empty(0, 3), torch.arange(6.0).view(2, 3).T]
     written = {f"tensor {i} é": tensor for i, tensor in enumerate(tensors)}
     lm.write_safetensors(path, written)
-    good, read = path.read_bytes(), lm.read_safetensors(path)
-    assert read.keys() == written.keys() and int.from_bytes(good[:8], "little") % 8 == 0
-    assert all(
-        read[key].dtype == t.dtype and torch.equal(read[key], t) for key, t in written.items()
-    )
+    good = path.read_bytes()
+    read = lm.read_safetensors(path)
+    assert int.from_bytes(good[:8], "little") % 8 == 0
+    assert read.keys() == written.keys()
+    for name, tensor in written.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
     for size in range(0, len(good), 3):
         path.write_bytes(good[:size])
         with pytest.raises(ValueError):
             lm.read_safetensors(path)
+    rng = random.Random(0)
     for _ in range(500):
         broken = bytearray(good)
         for at in rng.choices(range(len(broken)), k=rng.randrange(1, 4)):
@@ -851,13 +2120,10 @@ def test_safetensors_round_trip_truncations_and_mutations(tmp_path):
             read = lm.read_safetensors(path)
         except ValueError:
             continue
-        assert sum(t.numel() * t.element_size() for t in read.values()) <= len(broken)
+        assert sum(tensor.nbytes for tensor in read.values()) <= len(broken)
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    """Copies a golden checkpoint to where it may be spoiled."""
-    return lambda name: shutil.copytree(DATA / name, tmp_path / name)
+# Directories
 
 
 def edit(path, **changes):
@@ -865,22 +2131,58 @@ def edit(path, **changes):
     path.write_text(json.dumps({key: value for key, value in raw.items() if value != "absent"}))
 
 
-def snapshot(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def small_model():
+    texts = ["<action>", "left", " left", "P", " _", "\n", " G", " é", "</action>"]
+    tokenizer = lm.tiny_tokenizer(texts, "</action>")
+    torch.manual_seed(0)
+    config = lm.Config("llama", tokenizer.size, 16, 24, 1, 2, 1, 8, tie_word_embeddings=True)
+    return lm.Transformer(config), tokenizer
 
 
-def test_failed_save_leaves_the_old_files(checkpoint, monkeypatch):
-    directory, (model, tokenizer) = checkpoint("qwen3"), small_model()
+def test_failed_save_leaves_the_old_files(checkpoint):
+    directory = checkpoint("qwen3")
+    model, tokenizer = small_model()
     before = snapshot(directory)
     unwritable = {"a": torch.zeros(1), "b": torch.empty(1, device="meta")}
-    monkeypatch.setattr(model, "state_dict", lambda: unwritable)
     with pytest.raises(NotImplementedError):
-        lm.save_pretrained(directory, model, tokenizer)
+        lm.save_pretrained(directory, model, tokenizer, weights=unwritable)
     with pytest.raises(ValueError, match="complex64"):
-        lm.write_safetensors(
-            directory / "model.safetensors", {"a": torch.zeros(1, dtype=torch.complex64)}
-        )
+        complex64 = torch.zeros(1, dtype=torch.complex64)
+        lm.write_safetensors(directory / "model.safetensors", {"a": complex64})
     assert snapshot(directory) == before
+
+
+@pytest.mark.parametrize("writer", ["write_safetensors(path, {'a': x})", "torch_save(path, x)"])
+def test_full_disk_is_an_error_of_one_line_that_names_the_file(writer, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    path = tmp_path / "a"
+    path.write_text("before")
+    script = f"""
+import sys, torch, model
+def torch_save(path, x):
+    with model.replacing(path) as file:
+        torch.save(x, file)
+write_safetensors = model.write_safetensors
+path, x = sys.argv[1], torch.zeros(100_000)
+try:
+    {writer}
+except OSError as error:
+    print(error)
+"""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        cwd=Path(lm.__file__).parent,
+    )
+    assert "too large" in run.stdout and str(path) in run.stdout, run
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
@@ -892,17 +2194,18 @@ def test_failed_save_leaves_the_old_files(checkpoint, monkeypatch):
         {"hidden_act": "gelu"},
         {"use_sliding_window": True},
         {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": 7},
         {"quantization_config": {"bits": 4}},
         {"partial_rotary_factor": 0.5},
-        {"rope_theta": float("inf")},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"rope_scaling": "yarn"},
-        {"layer_types": 7},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": "yarn"},
         {"rope_parameters": {"rope_theta": "1e4"}},
         {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
         {"rope_parameters": None, "rope_theta": -1.0},
+        {"rope_parameters": None, "rope_theta": float("inf")},
         {"rms_norm_eps": 0},
+        {"rms_norm_eps": float("nan")},
         {"eos_token_id": "2"},
         {"eos_token_id": [1, True]},
         {"tie_word_embeddings": 1},
@@ -929,8 +2232,8 @@ def test_config_refused(changes, checkpoint):
 
 def test_config_that_is_no_json_object(checkpoint):
     path = checkpoint("llama-biases") / "config.json"
-    for text in ("", "[]", "{", '{"a": 1, "a": 1}', '{"a": NaN}', "[" * 100_000, "\xff", None):
-        path.unlink() if text is None else path.write_bytes(text.encode("latin-1"))
+    for text in (b"", b"[]", b"{", b"[" * 100_000, b"\xff"):
+        path.write_bytes(text)
         with pytest.raises(ValueError, match="config.json"):
             lm.load_pretrained(path.parent)
 
@@ -938,22 +2241,12 @@ def test_config_that_is_no_json_object(checkpoint):
 @pytest.mark.parametrize(
     "raw, expected",
     [
-        (
-            {},
-            {
-                "num_key_value_heads": 4,
-                "head_dim": 8,
-                "rope_theta": 1e4,
-                "tie_word_embeddings": False,
-            },
-        ),
+        ({}, {"num_key_value_heads": 4, "head_dim": 8, "rope_theta": 1e4}),
+        ({}, {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_scaling": None}),
         ({"model_type": "qwen3"}, {"head_dim": 128}),
         ({"model_type": "qwen3", "head_dim": None}, {"head_dim": 8}),
         ({"model_type": "qwen2", "attention_bias": True}, {"attention_bias": False}),
-        (
-            {"rope_theta": 5e5, "rope_scaling": {"type": "default"}},
-            {"rope_theta": 5e5, "rope_scaling": None},
-        ),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "default"}}, {"rope_theta": 5e5}),
         ({"rope_parameters": {"rope_theta": 7e5, "rope_type": "default"}}, {"rope_theta": 7e5}),
         ({"layer_types": ["full_attention"], "sliding_window": 9, "use_sliding_window": False}, {}),
     ],
@@ -971,887 +2264,474 @@ def test_config_defaults_and_dialects(raw, expected):
     assert {key: getattr(config, key) for key in expected} == expected
 
 
+def test_llama3_rope_in_both_dialects():
+    base = json.loads((DATA / "llama3-rope" / "config.json").read_text())
+    old = lm.parse_config(json.dumps(base).encode())
+    assert old.rope_scaling["rope_type"] == "llama3" and len(old.rope_scaling) == 5
+    rope = base.pop("rope_scaling") | {"rope_theta": base.pop("rope_theta")}
+    new = lm.parse_config(json.dumps(base | {"rope_parameters": rope}).encode())
+    assert new == old
+
+
 def test_tensors_that_do_not_fit(checkpoint):
     path = checkpoint("llama-biases") / "model.safetensors"
-    good, name = lm.read_safetensors(path), "model.norm.weight"
-    for change in (
-        {name: good[name][1:]},
-        {name: good[name].int()},
-        {"other": good[name]},
-        {name: None},
+    good = lm.read_safetensors(path)
+    name = "model.norm.weight"
+    missing = {key: tensor for key, tensor in good.items() if key != name}
+    for tensors, blamed in (
+        (good | {name: good[name][1:]}, name),
+        (good | {name: good[name].int()}, name),
+        (good | {"other": good[name]}, "other"),
+        (missing, name),
     ):
-        lm.write_safetensors(path, {k: t for k, t in (good | change).items() if t is not None})
-        with pytest.raises(ValueError, match="other" if "other" in change else name):
+        lm.write_safetensors(path, tensors)
+        with pytest.raises(ValueError, match=blamed):
             lm.load_pretrained(path.parent)
-    lm.write_safetensors(
-        path, good | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
-    )
-    lm.load_pretrained(path.parent)  # old Llama files hold it
+    old_buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    lm.write_safetensors(path, good | old_buffer)
+    lm.load_pretrained(path.parent)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, checkpoint):
+    path = checkpoint("llama-biases") / "model.safetensors"
+    tensors = lm.read_safetensors(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][0, 0] = value
+    lm.write_safetensors(path, tensors)
+    with pytest.raises(ValueError, match=name):
+        lm.load_pretrained(path.parent)
+
+
+def test_tied_head_in_the_file(checkpoint, tmp_path):
+    """As transformers: an equal one goes, a different one unties, one alone is the embeddings."""
     path = checkpoint("qwen2-tied") / "model.safetensors"
     good = lm.read_safetensors(path)
-    lm.write_safetensors(path, good | {"lm_head.weight": good["model.embed_tokens.weight"]})
-    assert "lm_head.weight" not in lm.load_pretrained(path.parent)[0].state_dict()
+    embeddings = good["model.embed_tokens.weight"]
+    ids = torch.arange(5)[None]
+    tied = lm.load_pretrained(path.parent)[0](ids)
+
+    lm.write_safetensors(path, good | {"lm_head.weight": embeddings.clone()})
+    model, _ = lm.load_pretrained(path.parent)
+    assert model.lm_head is None and torch.equal(model(ids), tied)
+
+    lm.write_safetensors(path, good | {"lm_head.weight": 2 * embeddings})
+    model, _ = lm.load_pretrained(path.parent)
+    assert torch.allclose(model(ids), 2 * tied)
+    lm.save_pretrained(tmp_path / "new", model, None)
+    again, _ = lm.load_pretrained(tmp_path / "new")
+    assert torch.equal(again(ids), model(ids)) and not again.config.tie_word_embeddings
+
+    del good["model.embed_tokens.weight"]
+    lm.write_safetensors(path, good | {"lm_head.weight": embeddings})
+    assert torch.equal(lm.load_pretrained(path.parent)[0](ids), tied)
 
 
-@pytest.mark.parametrize(
-    "spoil", "outside absent null elsewhere missing extra twice no_map".split()
-)
+@pytest.mark.parametrize("spoil", "outside absent null elsewhere extra twice no_map".split())
 def test_shards_refused(spoil, checkpoint):
     directory = checkpoint("qwen2-untied")
     index = directory / "model.safetensors.index.json"
     homes = json.loads(index.read_text())["weight_map"]
-    name, shards = next(iter(homes)), sorted({*homes.values()})
-    (other,) = {*shards} - {homes[name]}
-    if spoil == "twice":
-        tensor = lm.read_safetensors(directory / homes[name])[name]
-        lm.write_safetensors(
-            directory / other, lm.read_safetensors(directory / other) | {name: tensor}
-        )
-    homes |= {
+    name = next(iter(homes))
+    (other,) = {*homes.values()} - {homes[name]}
+    changes = {
         "outside": {name: "../" + homes[name]},
         "absent": {name: "none.safetensors"},
         "null": {name: None},
         "elsewhere": {name: other},
         "extra": {"more": other},
-    }.get(spoil, {})
-    if spoil == "missing":
-        del homes[name]
+    }
+    if spoil == "twice":
+        tensors = lm.read_safetensors(directory / other)
+        tensors[name] = lm.read_safetensors(directory / homes[name])[name]
+        lm.write_safetensors(directory / other, tensors)
+    homes |= changes.get(spoil, {})
     index.write_text(json.dumps({} if spoil == "no_map" else {"weight_map": homes}))
     with pytest.raises((ValueError, OSError)):
         lm.load_pretrained(directory)
 
 
-def golden_tokenizer(name, *args):
-    raw = json.loads((DATA / f"tokenizer-{name}.json").read_text())
-    return lm.Tokenizer(json.dumps(raw["tokenizer"]).encode(), *args), raw
+def test_tensors_that_the_index_does_not_name(checkpoint):
+    """As in transformers, one of the model's is taken, and another is left alone."""
+    directory = checkpoint("qwen2-untied")
+    before, _ = lm.load_pretrained(directory)
+    index = directory / "model.safetensors.index.json"
+    homes = json.loads(index.read_text())["weight_map"]
+    home = homes.pop("model.layers.0.self_attn.q_proj.weight")
+    index.write_text(json.dumps({"weight_map": homes}))
+    tensors = lm.read_safetensors(directory / home)
+    lm.write_safetensors(directory / home, tensors | {"other": torch.ones(2)})
+    after, _ = lm.load_pretrained(directory)
+    ids = torch.arange(5)[None]
+    assert torch.equal(before(ids), after(ids))
 
 
-@pytest.mark.parametrize("name", ["chatml-nfc", "digits", "headers", "gpt2"])
-def test_golden_tokens(name):
-    tokenizer, raw = golden_tokenizer(name)
-    for text, ids in raw["expected"]:
-        assert tokenizer.encode(text) == ids, text
-    control = "".join(tokenizer.special)  # typed, it stays text
-    assert not {*tokenizer.special.values()} & {*tokenizer.encode(control)}
-    assert tokenizer.decode(tokenizer.encode(control)) == control
-    assert tokenizer.decode(tokenizer.special.values()) == control
-    assert tokenizer.decode([10**12, -1]) == "" and tokenizer.encode("a\ud800b")
+def test_folders_that_hold_no_model(tmp_path, monkeypatch):
+    def reason(path):
+        with pytest.raises(ValueError) as caught:
+            lm.load_pretrained(path)
+        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    monkeypatch.chdir(tmp_path)
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert f"hf download {name} --local-dir" in reason(name)
+    assert "no folder" in reason("nowhere")
+    Path("file").write_text("")
+    assert "no folder" in reason("file")
+    Path("empty").mkdir()
+    assert "config.json" in reason("empty")
+
+    Path("adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        Path("adapter", name).write_text("{}")
+    assert "LoRA" in reason("adapter") and "merge" in reason("adapter")
+
+    cache = Path("hub/models--org--name/snapshots/0123abc")
+    shutil.copytree(DATA / "llama-biases", cache)
+    assert str(cache) in reason("hub/models--org--name")
+    lm.load_pretrained(cache)
+    (cache / "model.safetensors").unlink()
+    assert "model.safetensors" in reason(cache)
 
 
-def test_prompts_of_the_chat_templates():
-    def prompt(name, model_type="llama", think=False):
-        tokenizer, _ = golden_tokenizer(name, [0], model_type)
-        ids = tokenizer.prefix("go.") + tokenizer.suffix("P _", think)
-        assert all(
-            ids.count(i) == tokenizer.decode(ids).count(text)
-            for text, i in tokenizer.special.items()
-        )
-        return tokenizer.decode(ids), [tokenizer.decode([i]) for i in tokenizer.end_ids - {0}]
-
-    chatml = "<|im_start|>user\ngo.\n\nP _<|im_end|>\n<|im_start|>assistant\n"
-    for args in (("digits",), ("digits", "qwen3"), ("chatml-nfc",), ("chatml-nfc", "qwen3", True)):
-        assert prompt(*args) == (chatml, ["<|im_end|>"])
-    assert prompt("chatml-nfc", "qwen3")[0] == chatml + "<think>\n\n</think>\n\n"
-    assert prompt("gpt2") == ("go.\n\nP _\n", [])
-    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    llama = (
-        "<|begin_of_text|>"
-        + header.format("user")
-        + "go.\n\nP _<|eot_id|>"
-        + header.format("assistant")
-    )
-    assert prompt("headers") == (llama, ["<|eot_id|>"])
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda raw, model: model.update(type="Unigram"),
-        lambda raw, model: model.update(vocab=[]),
-        lambda raw, model: raw.update(normalizer={"type": "Lowercase"}),
-        lambda raw, model: raw.pop("model"),
-        lambda raw, model: raw.update(pre_tokenizer={"type": "Metaspace"}),
-        lambda raw, model: raw.update(pre_tokenizer=None),
-        lambda raw, model: raw.pop("added_tokens"),
-        lambda raw, model: raw["added_tokens"].append(5),
-        lambda raw, model: model["merges"].reverse(),
-        lambda raw, model: raw["pre_tokenizer"].update(add_prefix_space=True),
-        lambda raw, model: model["merges"].append(["no", "such"]),
-        lambda raw, model: model["vocab"].update(a=1),
-        lambda raw, model: model["vocab"].update(a=1.5),
-        lambda raw, model: model["vocab"].update({"": 9999}),
-        lambda raw, model: model["vocab"].update({"\u4e00": 9999}),
-        *(lambda raw, model, i=i: raw["added_tokens"][0].update(id=i) for i in (1, -1, 1 << 40)),
-    ],
-)
-def test_tokenizer_refused(spoil, checkpoint):
-    directory, (_, raw) = checkpoint("llama-biases"), golden_tokenizer("gpt2")
-    path, raw = directory / "model.safetensors", raw["tokenizer"]
-    edit(directory / "config.json", vocab_size=400)
-    tensors = {
-        name: torch.zeros(400, 8) for name in ("model.embed_tokens.weight", "lm_head.weight")
-    }
-    lm.write_safetensors(path, lm.read_safetensors(path) | tensors)
-    (directory / "tokenizer.json").write_text(json.dumps(raw))
-    assert lm.load_pretrained(directory)[1].encode("the")
-    spoil(raw, raw["model"])
-    (directory / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="tokenizer.json"):
-        lm.load_pretrained(directory)
-
-
-def small_model():
-    texts = ["<action>", "left", " left", "P", " _", "\n", " G", " é", "</action>"]
-    tokenizer = lm.tiny_tokenizer(texts, "</action>")
-    torch.manual_seed(0)
-    config = lm.Config("llama", tokenizer.size, 16, 24, 1, 2, 1, 8, tie_word_embeddings=True)
-    return lm.Transformer(config), tokenizer
-
-
-def test_tiny_tokenizer_and_save(tmp_path):
-    model, tokenizer = small_model()
-    assert (
-        len(tokenizer.encode("<action>left</action> left P _\n")) == 8 and tokenizer.size == 256 + 7
-    )
-    lm.save_pretrained(tmp_path, model, tokenizer)
-    # a special token would make transformers cut the instructions where they mention the tag
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text()).get("eos_token") is None
-    again, back = lm.load_pretrained(tmp_path)
-    text = "Go <left> 日本 left\n<|end|>"
-    ids = torch.tensor([tokenizer.encode(text)])
-    assert back.json == tokenizer.json and [tokenizer.decode([i]) for i in back.end_ids] == [
-        "</action>"
-    ]
-    assert torch.equal(again(ids), model(ids)) and back.decode(ids[0].tolist()) == text
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_git_lfs_pointer(name, checkpoint):
+    path = checkpoint("llama-biases") / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{path}: .*git-lfs.*git lfs pull"):
+        lm.load_pretrained(path.parent)
 
 
 def test_other_files_are_carried_over_and_old_weights_go(checkpoint, tmp_path):
-    directory, new = checkpoint("qwen2-untied"), tmp_path / "new"
+    directory = checkpoint("qwen2-untied")
+    new = tmp_path / "new"
     edit(directory / "config.json", unknown=[1], eos_token_id=[3, 4])
     (directory / "generation_config.json").write_text('{"eos_token_id": 5}')
     (directory / "notes.json").write_text("{}")
     lm.save_pretrained(new, lm.load_pretrained(directory)[0], None)
     raw = json.loads((new / "config.json").read_text())
     assert (raw["unknown"], raw["eos_token_id"], raw["torch_dtype"]) == ([1], [3, 4], "float32")
-    assert {p.name for p in new.iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "notes.json",
-    }
+    carried = {"config.json", "generation_config.json", "model.safetensors", "notes.json"}
+    assert {path.name for path in new.iterdir()} == carried
     lm.save_pretrained(directory, *small_model())  # over the shards of another model
-    assert {p.name for p in directory.iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "notes.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    new_ones = {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in directory.iterdir()} == carried | new_ones
 
 
-# The command line
+# Tokens
 
 
-def command(*argv):
-    """Exit status of train.py."""
-    try:
-        return train.main([*map(str, argv)])
-    except SystemExit as leaving:
-        return leaving.code
+def golden(name):
+    return json.loads((DATA / f"tokenizer-{name}.json").read_text())
 
 
-@pytest.fixture(autouse=True)
-def undisturbed():
-    """A run sets the number of threads and, where it is killed, leaves its handler of Ctrl-C."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
-    torch.set_num_threads(1)
+def make_tokenizer(raw, **more):
+    return lm.Tokenizer(json.dumps(raw).encode(), **more)
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    """A tiny run, warmed up just enough to give answers of the right form; it cannot play."""
-    out = tmp_path_factory.mktemp("runs") / "warm"
-    assert (
-        command(
-            "--tiny",
-            "--out",
-            out,
-            "--iterations",
-            2,
-            "--groups",
-            4,
-            "--group-size",
-            4,
-            "--seed",
-            7,
-            "--warmup-steps",
-            150,
-            "--eval-episodes",
-            20,
-            "--eval-every",
-            2,
-            "--threads",
-            1,
-        )
-        == 0
-    )
-    return out
+def ids_without(tokenizer, text):
+    """Of a text, with nothing in it that is a control token."""
+    ids = tokenizer.encode(text)
+    assert not {*tokenizer.special.values()} & {*ids}
+    return ids
 
 
-@pytest.fixture
-def few_maps(monkeypatch):
-    """Evaluation on three maps: most runs here are not about their success."""
-    maps, _ = frozenlake.held_out_maps(SCENARIOS["noslip"])
-    monkeypatch.setattr(frozenlake, "held_out_maps", lambda scenario: (maps[:3], np.full(3, 1 / 3)))
+@pytest.mark.parametrize("name", ["chatml-nfc", "digits", "headers", "gpt2", "otherwise"])
+def test_golden_tokens(name):
+    raw = golden(name)
+    tokenizer = make_tokenizer(raw["tokenizer"])
+    for text, ids in raw["expected"]:
+        assert tokenizer.encode(text) == ids, text
+    control = "".join(tokenizer.special)  # typed, it stays text
+    assert tokenizer.decode(ids_without(tokenizer, control)) == control
+    assert tokenizer.decode(tokenizer.special.values()) == control
+    assert tokenizer.decode([10**12, -1]) == ""
+    assert tokenizer.encode("a\ud800b")
 
 
-QUICK = (
-    "--iterations",
-    4,
-    "--groups",
-    4,
-    "--group-size",
-    4,
-    "--eval-episodes",
-    1,
-    "--checkpoint-every",
-    2,
-    "--learning-rate",
-    0.01,
-    "--max-new-tokens",
-    3,
-    "--update-episodes",
-    4,
-    "--dtype",
-    "float32",
-    "--device",
-    "cpu",
-    "--invalid-penalty",
-    0.5,
-    "--final-rate",
-    0.5,
-    "--threads",
-    1,
-)
+def test_merges_of_the_older_spelling_and_whole_pieces():
+    raw = golden("otherwise")
+    bpe = raw["tokenizer"]["model"]
+    bpe["merges"] = [" ".join(merge) for merge in bpe["merges"]]
+    bpe["ignore_merges"] = True
+    tokenizer = make_tokenizer(raw["tokenizer"])
+    for text, ids in raw["ignore_merges"]:
+        assert tokenizer.encode(text) == ids, text
 
 
-def metrics_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def test_vocab_and_merges_without_tokenizer_json(checkpoint):
+    directory = checkpoint("qwen2-tied")
+    raw = golden("older")
+    for name, text in raw["files"].items():
+        (directory / name).write_text(text)
+    path = directory / "model.safetensors"
+    embeddings = {"model.embed_tokens.weight": torch.zeros(330, 8)}
+    lm.write_safetensors(path, lm.read_safetensors(path) | embeddings)
+    edit(directory / "config.json", vocab_size=330)
+    _, tokenizer = lm.load_pretrained(directory)
+    for text, ids in raw["expected"]:
+        assert tokenizer.encode(text) == ids, text
+    assert 320 in tokenizer.end_ids and tokenizer.special["<|im_end|>"] == 320
 
 
-def results(out):
-    """Metrics and summary of a run, without readings of clocks and echoes of settings, and its weights."""
-    records = [*metrics_of(out), json.loads((out / "summary.json").read_text())]
-    return [
-        {
-            key: value
-            for key, value in record.items()
-            if "second" not in key and key not in ("seed", "learning_rate")
-        }
-        for record in records
-    ], (out / "model/model.safetensors").read_bytes()
+def test_text_that_no_piece_matches_is_kept():
+    raw = golden("headers")["tokenizer"]
+    raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+"
+    tokenizer = make_tokenizer(raw)
+    text = "the cat, 12\n sat"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.fixture(scope="module")
-def found(warm, tmp_path_factory):
-    """The results of a run from `warm` with QUICK and these flags; each is run once."""
-    cache = {}
-
-    def find(*flags):
-        if flags not in cache:
-            out = tmp_path_factory.mktemp("runs") / "run"
-            assert command("--checkpoint", warm, "--out", out, *QUICK, *flags) == 0
-            cache[flags] = results(out)
-        return cache[flags]
-
-    return find
-
-
-def test_a_run_leaves_what_it_promises(warm, capsys):
-    settings = json.loads((warm / "settings.json").read_text())
-    assert settings.keys() == {field.name for field in dataclasses.fields(train.Settings)}
-    given = {
-        "iterations": 2,
-        "groups": 4,
-        "group_size": 4,
-        "warmup_steps": 150,
-        "seed": 7,
-        "threads": 1,
-    }
-    assert settings.items() >= (train.TINY | given).items()
-    metrics, summary = metrics_of(warm), json.loads((warm / "summary.json").read_text())
-    assert [m["iteration"] for m in metrics] == [1, 2]
-    assert summary["seed"] == 7 and 0 < summary["seconds"] < 600
-    assert metrics[0].keys() >= {
-        "success",
-        "return",
-        "steps",
-        "valid",
-        "truncated",
-        "entropy",
-        "zero_variance_groups",
-        "clip_share",
-        "grad_norm",
-        "drawn_episodes",
-        "trained_episodes",
-        "groups_without_success",
-        "tokens_per_second",
-    }
-    unseen = summary["scenarios"]["noslip"]
-    assert metrics[1]["unseen_success"] == summary["unseen_success"] == unseen["success"]
-    assert (
-        unseen["episodes"] == 503
-        and unseen["half_interval"] == 0
-        and summary["optimal_success"] > 0.999
-    )
-    assert summary["unseen_success_unweighted"] == unseen["unweighted"]
-    assert summary["before"]["valid"] > 0.8  # it was taught to speak, not to play
-    assert 0.004 < summary["random_success"] < 0.008 and summary["before"]["success"] < 0.03
-    _, tokenizer = lm.load_pretrained(warm / "model")
-    assert [tokenizer.decode([i]) for i in tokenizer.end_ids] == ["</action>"]
-    before, _ = results(warm), capsys.readouterr()
-    for argv in (
-        ("--eval", warm, "--eval-episodes", 20),
-        ("--eval", warm / "model", "--eval-episodes", 1, "--dtype", "float32"),
-    ):
-        assert command(*argv) == 0
-        rows = re.findall(
-            r"(?m)^(\w+) +success ([\d.]+) .* episodes (\d+)", capsys.readouterr().out
-        )
-        assert [row[0] for row in rows] == [*SCENARIOS] and rows[0][1:] == (
-            f"{unseen['success']:.4g}",
-            "503",
-        )
-    assert command("--play", warm) == 0
-    assert re.search(
-        r"P is you.*<action>.*the goal in \d steps", capsys.readouterr().out, re.DOTALL
-    )
-    assert command("--resume", warm) == 0 and results(warm) == before  # it is complete
-
-
-def test_runs_are_numbered_and_reproduced(warm, few_maps, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        assert command("--checkpoint", warm, *QUICK, "--iterations", 1) == 0
-    first, second = sorted((tmp_path / "runs").iterdir())
-    assert results(first) == results(second)
-
-
-def test_what_is_trained_on(warm, few_maps, tmp_path, monkeypatch):
-    """A group shares a map and not its luck, no map is reserved, episodes keep their groups' advantages."""
-    play, accumulate = msgrpo.play, msgrpo.accumulate_gradient
-    luck, mixed, trained, updated, advantage_of = [], [], [], [], {}
-
-    def playing(policy, games, greedy=False):
-        states = [str(game.rng.bit_generator.state) for game in games]
-        episodes = play(policy, games, greedy)
-        assert games[0].instructions in policy.tokenizer.decode(policy.instructions)
-        if len(games) == 24:  # evaluations are smaller
-            luck.extend(states)
-            maps = [[game.tiles[i : i + 6] for i in range(0, 36, 6)] for game in games]
-            assert (
-                not any(map(frozenlake.is_held_out, maps)) and len({str(desc) for desc in maps}) > 1
-            )
-            assert all(maps[i] == maps[i - i % 6] for i in range(24))
-            returns = np.array([sum(step.reward for step in e) for e in episodes]).reshape(4, 6)
-            spread = returns.std(1, keepdims=True)
-            advantages = (returns - returns.mean(1, keepdims=True)) / (spread + 1e-6)
-            advantage_of.update(
-                {id(e): (e, a) for e, a in zip(episodes, advantages.flatten(), strict=True)}
-            )
-            mixed.append(6 * int((spread > 1e-9).sum()))
-        return episodes
-
-    def accumulating(policy, episodes, **kwargs):
-        trained.append(len(episodes))
-        for episode in episodes:
-            expected = advantage_of[id(episode)][1]
-            assert [step.credit for step in episode] == pytest.approx(
-                [expected] * len(episode), abs=1e-4
-            )
-        stats = accumulate(policy, episodes, **kwargs)
-        assert stats["logprob_gap"] < 1e-5 or updated[-1:] == [
-            len(luck)
-        ]  # the ratio is 1 at a first update
-        updated.append(len(luck))
-        return stats
-
-    monkeypatch.setattr(msgrpo, "play", playing)
-    monkeypatch.setattr(msgrpo, "accumulate_gradient", accumulating)
-    assert (
-        command(
-            "--checkpoint",
-            warm,
-            "--out",
-            tmp_path / "a",
-            *QUICK,
-            "--group-size",
-            6,
-            "--scenario",
-            "bigslippery",
-            "--temperature",
-            1.5,
-            "--max-gap",
-            99,
-        )
-        == 0
-    )
-    assert (
-        len(luck) == len({*luck}) == 96 and max(trained) <= 5
-    )  # no two episodes, of any iteration
-    assert sum(trained) == sum(min(12, n) for n in mixed) > 0
-
-
-CHANGES = {  # for every setting a value that is not QUICK's
-    "seed": 1,
-    "iterations": 3,
-    "scenario": "big",
-    "replay": 1.0,
-    "groups": 2,
-    "group_size": 2,
-    "sampling": "uniform",
-    "keep": 0.2,
-    "update_episodes": 2,
-    "gamma": 0.5,
-    "normalize_std": False,
-    "clip": 1e-6,
-    "max_gap": 1e-9,
-    "entropy_coef": 0.5,
-    "learning_rate": 0.002,
-    "final_rate": 0.0,
-    "grad_clip": 1e-9,
-    "temperature": 0.8,
-    "max_new_tokens": 2,
-    "think": True,
-    "coordinates": True,
-    "invalid_penalty": 5.0,
-    "micro_batch_tokens": 10,
-    "dtype": "bfloat16",
-    "eval_every": 1,
-    "eval_episodes": 2,
-    "warmup_steps": 1,
-}
-TWO = ("--iterations", 2)
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_every_flag_changes_something(name, found, few_maps):
-    flag, value = f"--{name.replace('_', '-')}", CHANGES[name]
-    flags = (flag if value else f"--no-{flag[2:]}",) if isinstance(value, bool) else (flag, value)
-    some = (
-        TWO
-        if name != "final_rate"
-        else (  # the first ten iterations are the ramp; later ones must update
-            "--iterations",
-            12,
-            "--sampling",
-            "all",
-            "--entropy-coef",
-            0.05,
-        )
-    )
-    assert found(*some, *flags) != found(*some)
-
-
-def test_flags_that_change_no_figure(found, few_maps, monkeypatch):
-    elsewhere = {"explore", "checkpoint", "checkpoint_every", "device", "threads", "recompute"}
-    assert {
-        field.name for field in dataclasses.fields(train.Settings)
-    } == CHANGES.keys() | elsewhere
-    layers, threads = count_recomputed(monkeypatch), []
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    assert found(*TWO, "--recompute", "--threads", 2) == found(*TWO)
-    assert layers and threads == [2]
-    lost = (
-        *TWO,
-        "--scenario",
-        "big",
-        "--invalid-penalty",
-        0.0,
-    )  # all is lost: none to draw, many to explore
-    assert found(*lost)[0][0]["updates"] == 0 < found(*lost, "--explore", 9)[0][0]["updates"]
-    whole = *lost, "--sampling", "all"  # has them already
-    assert found(*whole, "--explore", 9) == found(*whole)
-    low, full = found(*TWO, "--dtype", "bfloat16")[0], found(*TWO)[0]
-    assert low[0]["rollout_gap"] < 0.05 and full[0]["rollout_gap"] is None  # p_old is rescored
-
-
-HOMES = {"RUN", "STOPPED", "CUTSTATE", "CUTMODEL", "CUTSETTINGS", "EMPTY", "FOREIGN"}
-REFUSALS = {  # use: a word of the message
-    "--tiny --nonsense": "--nonsense",
-    "--tiny --iter 3": "--iter",
-    "--tiny extra": "extra",
-    "": "--tiny",
-    "--tiny --gamma 2": "gamma",
-    "--tiny --gamma nan": "gamma",
-    "--tiny --max-gap inf": "max-gap",
-    "--tiny --groups 0": "groups",
-    "--tiny --threads 100000000000": "threads",
-    "--tiny --sampling best": "sampling",
-    "--tiny --iterations x": "iterations",
-    "--tiny --eval RUN": "--tiny",
-    "--tiny --device banana": "banana",
-    "--tiny --device cuda:99": "",
-    "--eval RUN --gamma .5": "gamma",
-    "--tiny --out RUN": "RUN",
-    "--tiny --out FOREIGN": "FOREIGN",
-    "--tiny --out /proc/x": "/proc/x",
-    "--tiny --out FOREIGN/notes.txt": "notes.txt",
-    "--resume STOPPED --seed 3": "seed",
-    "--resume STOPPED --out NEW": "out",
-    "--resume NOWHERE": "NOWHERE",
-    "--resume FOREIGN": "FOREIGN",
-    "--resume EMPTY": "EMPTY",
-    "--eval NOWHERE": "NOWHERE",
-    "--eval FOREIGN": "FOREIGN",
-    "--play EMPTY": "EMPTY",
-    "--checkpoint EMPTY": "EMPTY",
-    "--resume CUTSTATE": "state.pt",
-    "--resume CUTSETTINGS": "settings.json",
-    "--eval CUTMODEL": "model.safetensors",
-    "--play CUTMODEL": "model.safetensors",
-    "--checkpoint CUTMODEL": "model.safetensors",
-}
-
-
-@pytest.fixture(scope="module")
-def homes(warm, tmp_path_factory):
-    home = tmp_path_factory.mktemp("homes")
-    for name in HOMES - {"EMPTY", "FOREIGN"}:
-        shutil.copytree(warm, home / name)
-    for name in ("STOPPED", "CUTSTATE", "CUTSETTINGS"):
-        (home / name / "summary.json").unlink()
-    for path in (
-        "CUTSTATE/state.pt",
-        "CUTMODEL/model/model.safetensors",
-        "CUTSETTINGS/settings.json",
-    ):
-        os.truncate(home / path, (home / path).stat().st_size // 2)
-    for name in ("EMPTY", "FOREIGN"):
-        (home / name).mkdir()
-    (home / "FOREIGN/notes.txt").write_text("mine")
-    return home
-
-
-@pytest.mark.parametrize("use", REFUSALS)
-def test_refusals(use, homes, capfd, monkeypatch):
-    monkeypatch.chdir(homes)
-    shutil.rmtree("runs", ignore_errors=True)  # where earlier ones may have begun
-    before = snapshot(homes)
-    assert command(*use.split()) == 2
-    lines = capfd.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and REFUSALS[use] in lines[0], lines
-    assert before.items() <= snapshot(homes).items()
-    assert {path.name for path in homes.iterdir()} <= HOMES | {"runs"}
+def test_tokens_without_an_embedding_are_never_produced():
+    raw = golden("otherwise")["tokenizer"]
+    everything = make_tokenizer(raw)
+    action = everything.added["<action>"]
+    rows = everything.size - 4  # the last four are added: <action>, </action>, <act and <|end|>
+    fewer = make_tokenizer(raw, rows=rows)
+    assert action == rows == fewer.size and not fewer.special
+    text = "the <action>left</action> thecat<|end|>"
+    assert max(fewer.encode(text)) < rows
+    assert fewer.decode(fewer.encode(text)) == text
+    longest = max(raw["model"]["vocab"].values())
+    assert max(make_tokenizer(raw, rows=longest - 9).encode(text)) < longest - 9
+    with pytest.raises(ValueError, match="200 embeddings"):
+        make_tokenizer(raw, rows=200)
 
 
 @pytest.mark.parametrize(
-    "error",
+    "spoil",
     [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        lambda raw, bpe: bpe.update(type="WordPiece"),
+        lambda raw, bpe: bpe.update(vocab=[]),
+        lambda raw, bpe: bpe.update(end_of_word_suffix="</w>"),
+        lambda raw, bpe: raw.update(normalizer={"type": "Lowercase"}),
+        lambda raw, bpe: raw.pop("model"),
+        lambda raw, bpe: raw.update(pre_tokenizer={"type": "Metaspace"}),
+        lambda raw, bpe: raw.update(pre_tokenizer=None),
+        lambda raw, bpe: raw["pre_tokenizer"].update(add_prefix_space=True),
+        lambda raw, bpe: raw["added_tokens"].append(5),
+        lambda raw, bpe: raw["added_tokens"][0].update(lstrip=True),
+        lambda raw, bpe: raw["added_tokens"][0].update(content=""),
+        lambda raw, bpe: bpe["merges"].append(["no", "such"]),
+        lambda raw, bpe: bpe["merges"].append(["t"]),
+        lambda raw, bpe: bpe["merges"].append("t h e"),
+        lambda raw, bpe: bpe["vocab"].update(a=1),
+        lambda raw, bpe: bpe["vocab"].update(a=1.5),
+        lambda raw, bpe: raw["added_tokens"][0].update(id=1),
+        lambda raw, bpe: raw["added_tokens"][0].update(id=-1),
+        lambda raw, bpe: bpe.update(byte_fallback=True),
+        lambda raw, bpe: bpe["vocab"].update({"\u2581": 9999}),
     ],
 )
-def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
-    def run(argv):
-        with lm.blaming("a file"):
-            raise error
-
-    monkeypatch.setattr(train, "run", run)
-    assert command("--tiny") == 2 and "lower --micro-batch-tokens" in capsys.readouterr().err
-    error = RuntimeError("can't read")
-    assert command("--tiny") == 2 and "a file: malformed" in capsys.readouterr().err
-    monkeypatch.setattr(train, "run", lambda argv: torch.zeros(2).view(3))
-    with pytest.raises(RuntimeError, match="invalid"):  # a mistake of ours
-        command("--tiny")
-
-
-def test_resumed_from_another_folder(warm, few_maps, tmp_path, monkeypatch):
-    """A run knows its checkpoint wherever it is gone on with, and with smaller passes if need be."""
-    shutil.copytree(warm, tmp_path / "base")
-    monkeypatch.chdir(tmp_path)
-    assert command("--checkpoint", "base", "--out", "run", *QUICK) == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert command("--resume", "../run", "--micro-batch-tokens", 99) == 0
-
-
-def test_all_won(warm, monkeypatch):
-    """Success of 1 has an interval too, though the weights' sum may exceed 1 by a rounding."""
-    settings = train.Settings(**json.loads((warm / "settings.json").read_text()))
-    monkeypatch.setattr(
-        msgrpo,
-        "play",
-        lambda policy, games, greedy: [
-            [msgrpo.Step((), (), valid=True, success=True)] for _ in games
-        ],
-    )
-    learner = SimpleNamespace(settings=dataclasses.replace(settings, eval_episodes=1000), agent=id)
-    for name in ("noslip", "big"):
-        figures = train.evaluate(learner, name, greedy=name == "big")
-        assert figures["success"] == pytest.approx(1) and 0 < figures["half_interval"] < 0.04
-
-
-def test_unsupported_is_said_before_weights_are_read(checkpoint, monkeypatch):
+def test_tokenizer_refused_before_weights_are_read(spoil, checkpoint):
     directory = checkpoint("llama-biases")
-    edit(directory / "config.json", model_type="mistral")
-    monkeypatch.setattr(lm, "read_weights", lambda directory: pytest.fail("read"))
-    with pytest.raises(ValueError, match="mistral"):
+    edit(directory / "config.json", vocab_size=400)
+    (directory / "model.safetensors").write_bytes(b"not read")
+    raw = golden("gpt2")["tokenizer"]
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="model.safetensors"):
+        lm.load_pretrained(directory)
+    spoil(raw, raw["model"])
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="tokenizer.json"):
         lm.load_pretrained(directory)
 
 
-def test_checkpoint_of_another_make(checkpoint, few_maps, tmp_path, capsys):
-    """A Qwen2 directory, with more rows than tokens, is trained and saved as a directory that loads."""
-    directory, out = checkpoint("qwen2-untied"), tmp_path / "run"
-    assert command("--checkpoint", directory, "--out", tmp_path / "no") == 2
-    assert "tokenizer.json" in capsys.readouterr().err
-    tokenizer, _ = golden_tokenizer("digits", [0])
-    config = lm.load_pretrained(directory)[0].config._replace(vocab_size=tokenizer.size + 9)
-    torch.manual_seed(0)
-    lm.save_pretrained(directory, lm.Transformer(config), tokenizer)
-    before, _ = lm.load_pretrained(directory)
-    (directory / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
-    assert (
-        command(
-            "--checkpoint",
-            directory,
-            "--out",
-            out,
-            "--iterations",
-            1,
-            "--group-size",
-            2,
-            "--sampling",
-            "all",
-            "--max-new-tokens",
-            4,
-            "--eval-episodes",
-            1,
-            "--entropy-coef",
-            0.1,
-            "--coordinates",
-        )
-        == 0
-    )
-    trained, same = lm.load_pretrained(out / "model")
-    assert same.json == tokenizer.json and same.end_ids == {0, 5, tokenizer.special["<|im_end|>"]}
-    assert (out / "model/generation_config.json").read_text() == '{"eos_token_id": [0, 5]}'
-    change = before.lm_head.weight - trained.lm_head.weight
-    assert 0 < change.abs().max() < 3e-6 and change.dtype == torch.float32
+def test_sentencepiece_is_refused_by_name(checkpoint):
+    directory = checkpoint("llama-biases")
+    (directory / "model.safetensors").unlink()
+    (directory / "tokenizer.model").write_bytes(b"\n\x0e")
+    with pytest.raises(ValueError, match="sentencepiece.*Llama 2.*take a model of Llama 3"):
+        lm.load_pretrained(directory)
+    vocab = {"<unk>": 0, "\u2581the": 1, "\u2581": 2}
+    raw = {"model": {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": []}}
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="sentencepiece.*Llama 2.*take a model of Llama 3"):
+        lm.load_pretrained(directory)
 
 
-# Stopped, killed, resumed
+def test_tiny_tokenizer_and_save(tmp_path):
+    model, tokenizer = small_model()
+    assert len(tokenizer.encode("<action>left</action> left P _\n")) == 8
+    assert tokenizer.size == 256 + 7
+    lm.save_pretrained(tmp_path, model, tokenizer)
+    # a special token would make transformers cut the instructions where they mention the tag
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()).get("eos_token") is None
+    again, back = lm.load_pretrained(tmp_path)
+    text = "Go <left> 日本 left\n<|end|>"
+    ids = torch.tensor([tokenizer.encode(text)])
+    assert back.json == tokenizer.json
+    assert [tokenizer.decode([i]) for i in back.end_ids] == ["</action>"]
+    assert torch.equal(again(ids), model(ids)) and back.decode(ids[0].tolist()) == text
 
 
-class Killed(BaseException):
-    pass
+def test_tiny_prompt_is_plain_text():
+    tokenizer = lm.tiny_tokenizer(["Go left.\n", "P _ O G\n_ \nP ", "<action>"], "<action>")
+    state = "P _\n_ G"
+    ids = [*tokenizer.encode("Go left."), 10, 10, *tokenizer.encode(state), 10]
+    assert tokenizer.prompt("Go left.\n\n" + state) == ids
+    assert tokenizer.prefix("Go left.") + tokenizer.suffix(state) == ids
+    assert "no chat template" in tokenizer.describe_prompt()
 
 
-def kill(*_):
-    raise Killed
+# Prompts
+
+PROMPTS = json.loads((DATA / "chats" / "prompts.json").read_text())
+CHATS = PROMPTS["chats"]
 
 
-def kill_while_saving(state, file):
-    file.write(b"half a state")
-    raise Killed
+def chat_files(name):
+    """The small files of a model with this chat, and its template, which is in none of them."""
+    chat = CHATS[name]
+    raw = golden(chat["base"])["tokenizer"]
+    raw["added_tokens"] = chat["added_tokens"]
+    raw["post_processor"] = chat["post_processor"]
+    files = {
+        "tokenizer.json": json.dumps(raw).encode(),
+        "tokenizer_config.json": json.dumps(chat["settings"]).encode(),
+    }
+    template = chat["template"]
+    if template is not None:
+        template = (DATA / "chats" / f"{template}.jinja").read_text()
+    return files, template
 
 
-def at(patch, module, name, call, act):
-    """Have that call of module.name act first."""
-    calls, function = itertools.count(1), getattr(module, name)
+CONFIG = lm.Config("llama", 1000, 8, 8, 1, 1, 1, 8)
 
-    def acting(*args, **kwargs):
-        if next(calls) == call:
-            act(*args)
-        return function(*args, **kwargs)
 
-    patch.setattr(module, name, acting)
+def load_chat(name, template=None, settings=None):
+    """Its tokenizer, of files; template and settings go before its own."""
+    files, own = chat_files(name)
+    settings = settings or {}
+    template = own if template is None else template
+    if template is not None and "chat_template" not in settings:
+        files["chat_template.jinja"] = template.encode()
+    files["tokenizer_config.json"] = json.dumps(CHATS[name]["settings"] | settings).encode()
+    return lm.load_tokenizer(Path("folder"), files, [], CONFIG)
+
+
+@pytest.fixture
+def that_day(monkeypatch):
+    """The day of the goldens, which Llama 3's template writes into a prompt."""
+    monkeypatch.setattr(lm.time, "strftime", {"%d %b %Y": PROMPTS["today"]}.__getitem__)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_golden_prompts(name, that_day):
+    tokenizer = load_chat(name)
+    for text, think, ids in CHATS[name]["prompts"]:
+        assert tokenizer.prompt(text, think) == ids, (text, think)
+    first = tokenizer.decode(CHATS[name]["prompts"][0][2])
+    if CHATS[name]["template"] is None:
+        assert "no chat template" in tokenizer.describe_prompt()
+        assert first.split("the cat")[0] in tokenizer.describe_prompt()
+    else:
+        assert "no chat template" not in tokenizer.describe_prompt()
+
+
+GAME_STATES = ["P _ O\n_ G _", "_ P\nO G", "O P\n_ G", "G P", "(row, column) of you: (1, 2)\nP _"]
+INSTRUCTIONS = ["Cross the lake.\nAnswer with <action>WORD</action>.", " go <think>", "12", ""]
+
+
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("think", [False, True])
+def test_prefix_and_suffix_are_the_prompt(name, think, that_day):
+    tokenizer = load_chat(name)
+    for instructions, state in itertools.product(INSTRUCTIONS, GAME_STATES):
+        whole = tokenizer.prompt(instructions + "\n\n" + state, think)
+        assert tokenizer.prefix(instructions, think) + tokenizer.suffix(state, think) == whole
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_typed_control_token_stays_text_in_a_prompt(name, that_day):
+    tokenizer = load_chat(name)
+    control = "".join(tokenizer.special)
+    plain = tokenizer.prompt("")
+    ids = tokenizer.prompt(control)
+    for name, i in tokenizer.special.items():
+        assert ids.count(i) == plain.count(i), name
+    assert control in tokenizer.decode(ids)
+
+
+def test_overlapping_control_tokens_stay_text():
+    raw = golden("gpt2")["tokenizer"]
+    more = {"lstrip": False, "rstrip": False, "single_word": False, "special": True}
+    raw["added_tokens"] = [
+        more | {"content": "abc", "id": 400},
+        more | {"content": "cab", "id": 401},
+    ]
+    tokenizer = make_tokenizer(raw)
+    assert max(tokenizer.encode("abcab abcabcab")) < 400
+
+
+def test_end_of_the_assistants_turn_ends_an_answer(that_day):
+    ends = {"qwen2.5": "<|im_end|>", "r1-distill": "<｜end▁of▁sentence｜>", "llama3": "<|eot_id|>"}
+    for name, end in ends.items():
+        tokenizer = load_chat(name, settings={"eos_token": None})
+        assert [tokenizer.decode([i]) for i in tokenizer.end_ids] == [end]
+    tokenizer = load_chat("gpt2")  # no chat: eos_token of tokenizer_config.json
+    assert [tokenizer.decode([i]) for i in tokenizer.end_ids] == ["<|endoftext|>"]
+    eos = {"__type": "AddedToken", "content": "<|endoftext|>", "lstrip": False}
+    assert load_chat("gpt2", settings={"eos_token": eos}).end_ids == tokenizer.end_ids
+
+
+def test_where_a_template_comes_from():
+    one = "{{ messages[-1].content }}<|im_end|>"
+    named = [{"name": "tool_use", "template": "{{ 1 }}"}, {"name": "default", "template": one}]
+    for settings in ({"chat_template": one}, {"chat_template": named}):
+        tokenizer = load_chat("qwen2.5", settings=settings)
+        assert tokenizer.decode(tokenizer.prompt("the")) == "the<|im_end|>"
+    files, _ = chat_files("qwen2.5")
+    files["tokenizer_config.json"] = json.dumps({"chat_template": "{{ 1 }}"}).encode()
+    files["chat_template.jinja"] = one.encode()
+    tokenizer = lm.load_tokenizer(Path("folder"), files, [], CONFIG)
+    assert tokenizer.decode(tokenizer.prompt("the")) == "the<|im_end|>"
+    assert tokenizer.end_ids == {tokenizer.special["<|im_end|>"]}
 
 
 @pytest.mark.parametrize(
-    "module, name, call, flags",
+    "template",
     [
-        *((msgrpo, "episode_advantages", iteration, ()) for iteration in (1, 2, 4)),
-        (torch, "save", 2, ()),
-        (lm, "save_pretrained", 1, ()),
-        (lm, "write_safetensors", 1, ()),
-        (msgrpo, "play", 7, ()),
-        (msgrpo, "episode_advantages", 4, ("--dtype", "bfloat16", "--replay", 0.5)),
+        "{% if %}",
+        "{{ raise_exception('no chat') }}",
+        "{{ messages[0].content.__class__.__mro__ }}",
+        "{{ messages.append(1) }}{{ messages[0].content }}",
+        "{{ messages[5].content.x }}",
+        "nothing of the user's",
+        "{{ messages[0].content * 2 }}",
+        "{{ " + "(" * 100_000,
+        "{% for _ in range(10 ** 9) %}{% endfor %}",
+        "\udcff",
     ],
+    ids=range(10),
 )
-def test_killed_and_resumed_is_never_stopped(
-    module, name, call, flags, warm, found, few_maps, tmp_path
-):
-    expected, out = found(*flags), tmp_path / "a"
-    with pytest.MonkeyPatch.context() as patch:
-        at(patch, module, name, call, kill_while_saving if module is torch else kill)
-        with pytest.raises(Killed):
-            command("--checkpoint", warm, "--out", out, *QUICK, *flags)
-    assert not (out / "summary.json").exists()
-    torch.set_num_threads(2)  # what counts are those of the run
-    torch.manual_seed(99)
-    assert command("--resume", out) == 0 and results(out) == expected
+def test_template_refused(template):
+    files, _ = chat_files("qwen2.5")
+    files["chat_template.jinja"] = template.encode("utf-8", "surrogateescape")
+    with pytest.raises(ValueError, match="^folder/"):
+        lm.load_tokenizer(Path("folder"), files, [], CONFIG)
 
 
-def test_saved_before_the_first_update_is_never_saved():
-    """As where all groups are alike at first: Adam's count of steps must not begin at one."""
-
-    def updated(save):
-        learner = train.Learner(train.Settings(**train.TINY))
-        if save:
-            learner, state = train.Learner(learner.settings), learner.state()
-            learner.load(*state)
-        for weight in learner.master.parameters():
-            weight.grad = torch.full_like(weight, 1e-3)
-        learner.update(0.01)
-        return learner.state()[0]
-
-    torch.testing.assert_close(updated(True), updated(False), rtol=0, atol=0)
+def test_template_without_a_default():
+    with pytest.raises(ValueError, match="tokenizer_config.json.*default"):
+        load_chat("qwen2.5", settings={"chat_template": [{"name": "rag", "template": "{{ 1 }}"}]})
 
 
-def test_interrupted_and_resumed_is_never_stopped(warm, found, few_maps, tmp_path, capsys):
-    expected, out = found(), tmp_path / "a"
-    for argv, call, signals, lines in (
-        (("--checkpoint", warm, "--out", out, *QUICK), 1, 1, 1),
-        (("--resume", out), 2, 1, 3),
-        (("--resume", out), 1, 2, 3),
-    ):
-        with pytest.MonkeyPatch.context() as patch:
-            at(
-                patch,
-                msgrpo,
-                "episode_advantages",
-                call,
-                lambda *_, n=signals: [os.kill(os.getpid(), signal.SIGINT) for _ in range(n)],
-            )
-            assert command(*argv) == 130
-        assert len(metrics_of(out)) == lines  # once ends the iteration first, twice does not
-    assert "Traceback" not in capsys.readouterr().err
-    assert command("--resume", out) == 0 and results(out) == expected
-
-
-# Several processes
-
-
-def two_processes(*argv):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        train.__file__,
-        *map(str, argv),
-    ]
-    ended = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
-
-
-def gradients(out):
-    """Adam's first moments at the end of a run: the gradients of its updates, averaged."""
-    state = torch.load(out / "state.pt", weights_only=True)["learner"][1]["state"]
-    return torch.cat([state[name]["exp_avg"].flatten() for name in sorted(state)])
-
-
-def test_two_processes_do_what_one_does(warm, few_maps, tmp_path):
-    """With the same episodes: gradients, metrics and weights; and they go on with what one began."""
-    one, two, began = (tmp_path / name for name in ("one", "two", "began"))
-    flags = (
-        "--checkpoint",
-        warm,
-        *QUICK,
-        "--learning-rate",
-        1e-4,
-        "--micro-batch-tokens",
-        200,
-        "--out",
-    )
-    assert command(*flags, one) == 0
-    assert two_processes(*flags, two).count("this run is") == 1  # the first alone speaks
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        at(patch, msgrpo, "episode_advantages", 3, kill)
-        command(*flags, began)
-    two_processes("--resume", began)
-    expected, weights = metrics_of(one), lm.read_safetensors(one / "model/model.safetensors")
-    for out in (two, began):
-        for found, m in zip(metrics_of(out), expected, strict=True):
-            values = {key: m[key] for key in m if "second" not in key and m[key] is not None}
-            assert {key: found[key] for key in values} == pytest.approx(values, rel=1e-3, abs=1e-5)
-        found = lm.read_safetensors(out / "model/model.safetensors")
-        torch.testing.assert_close(found, weights, atol=1e-5, rtol=0)
-        assert (gradients(out) - gradients(one)).norm() < 1e-5 * gradients(one).norm()
-
-
-# Learning
-
-
-def test_a_corridor_is_learned():
-    """Another game, another vocabulary, no warm-up: from two successes in five to nearly always."""
-    imports = re.findall(r"^(?:import|from) (\w+)", Path(msgrpo.__file__).read_text(), re.MULTILINE)
-    assert {*imports} <= {
-        "dataclasses",
-        "math",
-        "typing",
-        "numpy",
-        "torch",
-    }  # it knows no Frozen Lake
-    agent, success = corridor_agent(std=0.2), []
-    optimizer = torch.optim.Adam(agent.model.parameters(), lr=0.005)
-    for i in range(40):
-        games = [
-            Corridor(("west", "east")[g % 2], 2 + g // 2 % 2, i, g, j)
-            for g in range(8)
-            for j in range(16)
-        ]
-        agent.refresh()
-        episodes = msgrpo.play(agent, games)
-        success.append(np.mean([episode[-1].success for episode in episodes]))
-        returns = torch.tensor([sum(step.reward for step in episode) for episode in episodes]).view(
-            8, 16
-        )
-        advantages = msgrpo.episode_advantages(returns).flatten()
-        drawn = msgrpo.draw_episodes(advantages, "aaw", 64, np.random.default_rng(i))
-        msgrpo.assign_credit(episodes, advantages)
-        msgrpo.accumulate_gradient(agent, [episodes[i] for i in drawn], entropy_coef=0.05)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert np.mean(success[:3]) < 0.45 and np.mean(success[-5:]) > 0.9, success
-
-
-def test_a_frozen_lake_is_learned(warm, few_maps, tmp_path, monkeypatch):
-    """All of train.py on one map, where a random player has .02."""
-
-    def draw_map(scenario, rng, held_out=False, draw=frozenlake.draw_map):
-        return draw(scenario, rng, True) if held_out else ["SFFF", "FFFF", "FFFF", "FFFG"]
-
-    monkeypatch.setattr(frozenlake, "draw_map", draw_map)
-    assert (
-        command(
-            "--checkpoint",
-            warm,
-            "--out",
-            tmp_path / "a",
-            *QUICK,
-            "--iterations",
-            18,
-            "--group-size",
-            32,
-            "--learning-rate",
-            0.003,
-            "--temperature",
-            1.0,
-            "--update-episodes",
-            16,
-        )
-        == 0
-    )
-    success = [metrics["success"] for metrics in metrics_of(tmp_path / "a")]
-    assert success[0] < 0.1 and np.mean(success[-5:]) > 0.4, success
+def test_a_models_chat_is_saved_with_it(checkpoint, tmp_path):
+    directory = checkpoint("qwen2-tied")
+    path = directory / "model.safetensors"
+    embeddings = {"model.embed_tokens.weight": torch.zeros(400, 8)}
+    lm.write_safetensors(path, lm.read_safetensors(path) | embeddings)
+    edit(directory / "config.json", vocab_size=400)
+    files, template = chat_files("qwen3")
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    (directory / "chat_template.jinja").write_text(template)
+    model, tokenizer = lm.load_pretrained(directory)
+    lm.save_pretrained(tmp_path / "new", model, tokenizer)
+    _, again = lm.load_pretrained(tmp_path / "new")
+    for text, think, ids in CHATS["qwen3"]["prompts"]:
+        assert again.prompt(text, think) == tokenizer.prompt(text, think) == ids
+    assert again.end_ids == tokenizer.end_ids and again.size == tokenizer.size
