@@ -54,7 +54,7 @@ CHECKS = [  # slice: the logarithm of model.TABLE_ELEMENTS
     {"hidden_size": 384, "num_hidden_layers": 4, "new": 16, "slice": 26},
     {"hidden_size": 384, "num_hidden_layers": 4, "new": 64, "slice": 22, "recompute": True},
     {"hidden_size": 256, "num_hidden_layers": 8, "new": 64, "slice": 22},
-    {"hidden_size": 256, "num_hidden_layers": 8, "new": 200, "slice": 23, "recompute": True},
+    {"hidden_size": 256, "num_hidden_layers": 8, "new": 128, "slice": 23, "recompute": True},
 ]
 
 
@@ -164,7 +164,7 @@ def check_case(case, args):
     args.new = case["new"]
     args.episodes = 8
     args.eval_episodes = 8
-    args.steps = 2
+    args.steps = 3  # at least two full micro-batches: in the second one, gradients are there
     args.micro_batch_tokens = 1500
     lm.TABLE_ELEMENTS = 2 ** case["slice"]
     width = case["hidden_size"]
@@ -177,6 +177,16 @@ def check_case(case, args):
         "ratio": predicted / measured,
     }
     print(json.dumps(case | {name: round(figure, 3) for name, figure in figures.items()}))
+
+
+def predict(args):
+    """Print the estimate for a config.json."""
+    try:
+        config = lm.parse_config(args.config.read_bytes())
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"memory.py: {args.config}: {error}")
+    for name, size in estimate(config, args).items():
+        print(f"{name:12s} {size / GIB:8.2f} GiB")
 
 
 def main():
@@ -193,17 +203,13 @@ def main():
     args = parser.parse_args()
     args.size = 2 if args.dtype == "bfloat16" else 4  # bytes of a number in a pass
     if args.check:
-        return check()
-    if args.case is not None:
-        return check_case(CHECKS[args.case], args)
-    if args.config is None:
+        check()
+    elif args.case is not None:
+        check_case(CHECKS[args.case], args)
+    elif args.config is None:
         parser.error("whose config.json?")
-    try:
-        config = lm.parse_config(args.config.read_bytes())
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"memory.py: {args.config}: {error}")
-    for name, size in estimate(config, args).items():
-        print(f"{name:12s} {size / GIB:8.2f} GiB")
+    else:
+        predict(args)
 
 
 if __name__ == "__main__":
