@@ -126,7 +126,7 @@ class Ours:
             size=self.model.config.vocab_size,
             end_ids=(),
             decode=str,
-            prefix=lambda instructions: work["prefix"],
+            prefix=lambda instructions, think: work["prefix"],
             suffix=lambda state, think: state,
         )
         self.new = work["new"]

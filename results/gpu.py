@@ -94,7 +94,7 @@ def tokenizer_for(c):
         size=c.vocab_size,
         end_ids=frozenset(),
         decode=str,
-        prefix=words.prefix,
+        prefix=lambda instructions, think: words.prefix(instructions),
         suffix=lambda state, think: words.suffix(state),
     )
 

@@ -125,7 +125,7 @@ def measure(c, args):
         size=c.vocab_size,
         end_ids=(),
         decode=str,
-        prefix=lambda instructions: [0] * args.shared,
+        prefix=lambda instructions, think: [0] * args.shared,
         suffix=lambda state, think: state,
     )
     settings = train.Settings(
