@@ -302,7 +302,7 @@ def train_part(args):
             time.sleep(1)
             seen += report_iterations(Path(out) / "metrics.jsonl", seen)
         report_iterations(Path(out) / "metrics.jsonl", seen)
-        report(status=process.returncode)
+    sys.exit(process.returncode)
 
 
 def report_iterations(path, seen):

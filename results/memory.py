@@ -69,10 +69,11 @@ def rollout(c, args, episodes):
 
 def update(c, args):
     """Peak bytes of a forward and a backward pass, beyond the gradients."""
-    rows = args.update_episodes * args.steps
-    rows = max(1, min(rows, args.micro_batch_tokens // (args.state + args.new)))
-    tokens = args.shared + rows * (args.state + args.new - 1)
-    slots = args.shared + rows * (args.shared + args.state + args.new - 1)
+    at_most = args.micro_batch_tokens // (args.state + args.new)
+    rows = max(1, min(at_most, args.update_episodes * args.steps))
+    read = args.state + args.new - 1  # tokens of a row; an answer's last one is not read
+    tokens = args.shared + rows * read
+    slots = tokens + rows * args.shared
     q = c.num_attention_heads * c.head_dim
     kv = c.num_key_value_heads * c.head_dim
 
@@ -90,9 +91,11 @@ def update(c, args):
     kept += 3 * tokens * c.hidden_size  # the last norm
 
     head = c.vocab_size * c.hidden_size  # its gradient in the numbers of the pass
-    slice_rows = min(rows * args.new, max(1, lm.TABLE_ELEMENTS // c.vocab_size))
-    tables = 6 * 4 * slice_rows * c.vocab_size  # logits, log-probabilities, their exp, gradients
-    return (kept + head) * args.size + max(tables + head * args.size, backward * args.size)
+    elements = min(rows * args.new * c.vocab_size, lm.TABLE_ELEMENTS)  # of a slice's table
+    tables = 6 * 4 * elements  # logits, log-probabilities, their exp, gradients
+    at_the_head = tables + args.size * head
+    in_a_layer = args.size * backward
+    return args.size * (kept + head) + max(at_the_head, in_a_layer)
 
 
 def estimate(c, args):
