@@ -1,33 +1,26 @@
-"""Ours against transformers: the same weights, prompts and machine, in one run, turn by turn.
+"""Ours against transformers: the same weights, prompts and machine, in turns.
 
-    python results/bench.py                                          everything; hours on two cores
-    python results/bench.py --models smollm2 --dtypes bfloat16 --batches 32 --states distinct
-    python results/bench.py --checkpoint DIR                         real weights and tokenizer for smollm2
+    python results/bench.py --models smollm2-135m --dtypes float32 --batches 32 --states distinct
+    python results/bench.py --checkpoint DIR --models smollm2-135m      real weights and tokenizer
+    python results/bench.py                                        everything; hours on two cores
 
-rollout  one answer of --new tokens to each of `batch` states, sampled at temperature 1, no end tokens. Ours:
-         model.LanguageAgent.act. Theirs: generate, padded left, with a cache.
-update   forward and backward pass of the clipped objective on these answers, without optimiser. Ours:
-         msgrpo.accumulate_gradient. Theirs: whole sequences padded right, at most 32 at once, logits of
-         every token, log_softmax in float32, as trainers do.
-         With --trl and --checkpoint, also the loss of TRL's GRPOTrainer on the same tokens, as it
-         runs on a CPU, without checkpointing of activations, and its backward pass.
-memory   peak resident memory of one update, gradients included, in a process of its own, less what it had
-         with the weights loaded.
-states   distinct: no two equal. played: those met after three random moves by groups of 16 episodes, where
-         ours profits from equal ones.
+rollout  an answer of --new tokens to each of `batch` states, sampled at temperature 1, without end
+         tokens. Ours: LanguageAgent.act. Theirs: `generate`, padded on the left, with a cache.
+update   forward and backward pass of the clipped objective on these answers. Ours:
+         msgrpo.accumulate_gradient. Theirs: whole sequences, padded on the right, at most 32 at
+         once, with logits of all tokens and log_softmax in float32, as trainers do.
+memory   peak resident bytes of one update, gradients included, beyond those with the weights
+         loaded; in a process of its own. Linux alone, elsewhere null.
+states   distinct: no two are equal. played: those met after three random moves by groups of 16
+         episodes, where ours profits from equal ones.
 
-In float32, before the clock starts, up to 32 answers must agree: log-probabilities with transformers' within
-1e-4, gradients, TRL's too, within 1e-4 of their norm. Figures are medians of --repeats. matmul is the best
-rate of square matrix products in that dtype, measured here too; the update's share of it counts useful
-operations, each needed token once: 6 per weight of the layers and token of instructions, unequal prompts and
-unequal answers (but their last); 12 heads head_dim per token and token that it sees, in each layer; 6 hidden
-vocabulary per token of an unequal answer. smollm2 has SmolLM2-135M's shape with random weights and a token
-for each word and symbol; or --checkpoint gives real ones. The raw figures are added to --out, a JSON object
-per line, the table goes to the terminal.
+In float32 both sides must agree before the clock starts, on up to 32 answers: log-probabilities
+within 1e-4, gradients within 1e-4 of their norm. Each figure is the median of --repeats. A JSON
+object per case is added to --out, and a table is printed. smollm2-135m has that model's shape with
+random weights, or --checkpoint gives real ones.
 """
+
 import argparse
-import functools
-import importlib.metadata
 import itertools
 import json
 import re
@@ -40,16 +33,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train  # before torch, whose threads it sets
+
 import numpy as np
 import torch
 
 import frozenlake
 import model as lm
 import msgrpo
-import train
 
 RESULTS = Path(__file__).resolve().parent
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COLUMNS = "model, dtype, batch, states, rollout tokens/s, theirs, ratio, update tokens/s, theirs"
+COLUMNS += ", ratio, memory MB, theirs, ratio"
 
 
 class Words:
@@ -70,341 +65,329 @@ class Words:
 
 
 def random_model(config):
+    """A Transformer whose weights keep the size of what passes through them."""
     torch.manual_seed(0)
     model = lm.Transformer(config)
     for weight in model.parameters():
         if weight.dim() == 2:
-            torch.nn.init.normal_(weight, std=weight.shape[1] ** -.5)
+            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     return model
 
 
 def make_model(name, checkpoint):
-    """(Transformer in float32, tokenizer)"""
+    """(Transformer in float32, tokenizer); the same ones every time."""
     if name == "tiny":
         return train.tiny_start(train.Settings(**train.TINY))
     if checkpoint:
         return lm.load_pretrained(checkpoint)
-    config = lm.parse_config((RESULTS / "configs/smollm2-135m.json").read_bytes())
+    config = lm.parse_config((RESULTS / f"configs/{name}.json").read_bytes())
     return random_model(config), Words()
 
 
-def lakes(states, rng):
-    """Games in endless supply, in the states of a batch (see the docstring)."""
-    scenario, seen = frozenlake.SCENARIOS["noslip"], set()
+def distinct_lakes(rng):
+    """Lakes in endless supply, in states of which no two are equal."""
+    scenario = frozenlake.SCENARIOS["noslip"]
+    seen = set()
+    while True:
+        lake = frozenlake.FrozenLake(frozenlake.draw_map(scenario, rng), rng=rng)
+        free = [state for state, tile in enumerate(lake.tiles) if tile in "SF"]
+        lake.state = int(rng.choice(free))
+        if lake.observation() not in seen:
+            seen.add(lake.observation())
+            yield lake
+
+
+def played_lakes(rng):
+    """Lakes in endless supply: groups of 16 on one map, each after three random moves."""
+    scenario = frozenlake.SCENARIOS["noslip"]
     while True:
         desc = frozenlake.draw_map(scenario, rng)
-        for _ in range(16 if states == "played" else 1):
-            lake = frozenlake.FrozenLake(desc, scenario.success_rate, scenario.max_steps, rng)
-            if states == "played":
-                moves = rng.choice(frozenlake.ACTIONS, 3)
-                done = any(lake.step(f"<action>{move}</action>")[1] for move in moves)
-            else:
-                lake.state = int(rng.choice([i for i, tile in enumerate(lake.tiles) if tile in "SF"]))
-                done = lake.observation() in seen
-                seen.add(lake.observation())
-            if not done:
+        for _ in range(16):
+            lake = frozenlake.FrozenLake(desc, rng=rng)
+            moves = [f"<action>{move}</action>" for move in rng.choice(frozenlake.ACTIONS, 3)]
+            ended = [lake.step(move)[1] for move in moves]
+            if not any(ended):
                 yield lake
 
 
+def one_credit(count):
+    """Half of the answers are paid 1, half -1."""
+    return [(-1.0) ** i for i in range(count)]
+
+
 class Ours:
-    def __init__(self, directory, dtype, prefix, new):
-        self.model, self.name = lm.load_pretrained(directory, dtype)[0], "ours"
-        tokenizer = SimpleNamespace(size=self.model.config.vocab_size, end_ids=(), decode=str,
-                                    prefix=lambda text: prefix, suffix=lambda prompt, think: prompt)
-        self.agent = lm.LanguageAgent(self.model, tokenizer, "", max_new_tokens=new)
+    name = "ours"
+
+    def __init__(self, model, work):
+        """model: a Transformer on the device. work: the rest of what both sides are given."""
+        self.model = model
+        self.model.model.recompute = work["recompute"]
+        tokenizer = SimpleNamespace(
+            size=self.model.config.vocab_size,
+            end_ids=(),
+            decode=str,
+            prefix=lambda instructions, think: work["prefix"],
+            suffix=lambda state, think: state,
+        )
+        self.new = work["new"]
+        self.agent = lm.LanguageAgent(self.model, tokenizer, "", max_new_tokens=self.new)
 
     def rollout(self, prompts):
         self.agent.refresh()
-        uniforms = np.random.default_rng(0).random((len(prompts), self.agent.max_new_tokens))
-        return [answer[1] for answer in self.agent.act(prompts, uniforms)]
+        uniforms = np.random.default_rng(0).random((len(prompts), self.new))
+        return [answer.response for answer in self.agent.act(prompts, uniforms)]
 
-    def logprobs(self, steps):
-        return self.agent.score(steps)[0]
+    def logprobs(self, answers):
+        return self.agent.score(answers)[0]
 
-    def update(self, steps, advantages):
-        msgrpo.assign_credit([[step] for step in steps], torch.tensor(advantages))
+    def update(self, answers):
+        steps = []
+        for answer, credit in zip(answers, one_credit(len(answers))):
+            steps.append(msgrpo.Step(answer, credit=credit))
         msgrpo.accumulate_gradient(self.agent, [steps])
 
 
 class Theirs:
-    def __init__(self, directory, dtype, prefix, new):
+    name = "theirs"
+
+    def __init__(self, model, work):
         import transformers
+
         transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-        self.model.get_input_embeddings().padding_idx = None  # else <|im_end|>, read, has no gradient
+        weight = next(model.parameters())
+        self.device = weight.device
+        with tempfile.TemporaryDirectory() as directory:
+            lm.save_small_files(directory, model, None)
+            config = transformers.AutoConfig.from_pretrained(directory)
+        with torch.device(self.device):
+            maker = transformers.AutoModelForCausalLM
+            self.model = maker.from_config(config, dtype=weight.dtype).eval()
+        missing = self.model.load_state_dict(model.state_dict(), strict=False)
+        assert missing.missing_keys in ([], ["lm_head.weight"]), missing  # it may be tied
+        assert missing.unexpected_keys == [], missing
+        if work["recompute"]:
+            self.model.gradient_checkpointing_enable()
+            self.model.train()  # else it is without effect; these models have no dropout
+        self.model.get_input_embeddings().padding_idx = None  # else this row has no gradient
         self.model.generation_config = transformers.GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=0,
-            use_cache=True)
-        self.prefix, self.new, self.name = prefix, new, "transformers"
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=work["new"],
+            pad_token_id=0,
+            use_cache=True,
+        )
+        self.prefix = work["prefix"]
+        self.new = work["new"]
 
     def rollout(self, prompts):
-        sequences = [self.prefix + list(prompt) for prompt in prompts]
+        sequences = [[*self.prefix, *prompt] for prompt in prompts]
         width = max(map(len, sequences))
-        ids = torch.tensor([[0] * (width - len(s)) + s for s in sequences])
-        mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
-        out = self.model.generate(ids, attention_mask=mask)[:, width:]
-        assert out.shape == (len(prompts), self.new)
-        return out.tolist()
+        ids = torch.tensor([[0] * (width - len(s)) + s for s in sequences], device=self.device)
+        ones = [[0] * (width - len(s)) + [1] * len(s) for s in sequences]
+        mask = torch.tensor(ones, device=self.device)
+        answers = self.model.generate(ids, attention_mask=mask)[:, width:]
+        assert answers.shape == (len(prompts), self.new)
+        return [tuple(answer) for answer in answers.tolist()]
 
-    def logprobs(self, steps):
-        sequences = [self.prefix + list(step.prompt) + list(step.response) for step in steps]
-        width = max(map(len, sequences))
-        ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
-        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
+    def logprobs(self, answers):
+        sequences = [[*self.prefix, *answer.prompt, *answer.response] for answer in answers]
+        ids = torch.tensor(lm.pad(sequences, 0), device=self.device)
+        mask = torch.tensor(lm.pad([[1] * len(s) for s in sequences], 0), device=self.device)
         logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        logprobs = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]  # (batch, width - 1)
-        ends = torch.tensor([[len(s), len(step.response)] for s, step in zip(sequences, steps, strict=True)])
-        places = torch.arange(1, width)
-        return logprobs[(places < ends[:, :1]) & (places >= ends[:, :1] - ends[:, 1:])]
+        table = logits.float().log_softmax(-1)
+        logprobs = table.gather(2, ids[:, 1:, None])[..., 0]  # (batch, longest - 1)
+        ends = [len(s) - 1 for s in sequences]
+        return torch.cat([row[end - self.new : end] for row, end in zip(logprobs, ends)])
 
-    def update(self, steps, advantages):
-        tokens = sum(len(step.response) for step in steps)
-        for i in range(0, len(steps), 32):
-            logprobs = self.logprobs(part := steps[i:i + 32])
-            old = torch.tensor([logprob for step in part for logprob in step.logprobs])
-            credit = torch.tensor(advantages[i:i + 32]).repeat_interleave(self.new)
-            (-msgrpo.clipped_objective(logprobs, old, credit, .2)[0].sum() / tokens).backward()
-
-
-class Trl(Theirs):
-    """The loss that TRL's GRPOTrainer computes, given the answers and old log-probabilities."""
-
-    def __init__(self, directory, dtype, prefix, new):
-        import datasets
-        import transformers
-        import trl
-        super().__init__(directory, dtype, prefix, new)
-        self.name = "trl"
-        config = trl.GRPOConfig(
-            str(directory), use_cpu=True, bf16=False, beta=0.0, loss_type="grpo", report_to="none",
-            gradient_checkpointing=False, per_device_train_batch_size=2, num_generations=2)
-        self.trainer = trl.GRPOTrainer(
-            self.model, lambda **_: [0.0], config, datasets.Dataset.from_list([{"prompt": "x"}] * 2),
-            processing_class=transformers.AutoTokenizer.from_pretrained(directory))
-        self.model = self.trainer.model.to(dtype).eval()
-
-    def update(self, steps, advantages):
-        for i in range(0, len(steps), 32):
-            part = steps[i:i + 32]
-            prompts = [self.prefix + list(step.prompt) for step in part]
-            width = max(map(len, prompts))
-            inputs = {"prompt_ids": torch.tensor([[0] * (width - len(p)) + p for p in prompts]),
-                      "prompt_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
-                      "completion_ids": torch.tensor([step.response for step in part]),
-                      "completion_mask": torch.ones(len(part), self.new, dtype=torch.int64),
-                      "advantages": torch.tensor(advantages[i:i + 32]),
-                      "old_per_token_logps": torch.tensor([step.logprobs for step in part])}
-            (self.trainer._compute_loss(self.model, inputs) * len(part) / len(steps)).backward()
+    def update(self, answers):
+        tokens = self.new * len(answers)
+        credit = torch.tensor(one_credit(len(answers)), device=self.device)
+        for i in range(0, len(answers), 32):
+            part = answers[i : i + 32]
+            logprobs = self.logprobs(part)
+            old = torch.tensor([answer.logprobs for answer in part], device=self.device).flatten()
+            paid = credit[i : i + 32].repeat_interleave(self.new)
+            losses, _ = msgrpo.policy_loss(logprobs, old, paid, torch.zeros_like(logprobs))
+            (losses.sum() / tokens).backward()
 
 
-def timed(call, *args):
-    start = time.perf_counter()
-    call(*args)
-    return time.perf_counter() - start
-
-
-def turns(repeats, calls):
-    """[seconds of each of the calls], one after the other, again and again, after a first time uncounted."""
-    results = [[call() for call in calls] for _ in range(repeats + 1)]
-    return [list(column) for column in zip(*results[1:], strict=True)]
-
-
-def update_seconds(side, steps, advantages):
+def gradient(side, answers):
     side.model.zero_grad()
-    return timed(side.update, steps, advantages)
+    side.update(answers)
+    named = sorted(side.model.named_parameters())
+    return torch.cat([weight.grad.flatten().float() for _, weight in named])
 
 
-def gradients(side, steps, advantages):
-    side.model.zero_grad()
-    side.update(steps, advantages)
-    return torch.cat([weight.grad.flatten() for _, weight in sorted(side.model.named_parameters())])
-
-
-def check(sides, steps, advantages):
-    """Both sides compute the same, in float32."""
+def check(ours, theirs, answers):
+    """Raises AssertionError unless both sides compute the same, in float32; returns the gaps."""
     with torch.no_grad():
-        ours, theirs = (side.logprobs(steps) for side in sides[:2])
-    mine, *others = (gradients(side, steps, advantages) for side in sides)
-    gaps = {"logprob_gap": (ours - theirs).abs().max().item(),
-            "gradient_gap": max(((mine - other).norm() / other.norm()).item() for other in others)}
-    assert all(gap < 1e-4 for gap in gaps.values()), gaps
+        logprob_gap = (ours.logprobs(answers) - theirs.logprobs(answers)).abs().max().item()
+    expected = gradient(theirs, answers)
+    gradient_gap = (gradient(ours, answers) - expected).norm() / expected.norm()
+    gaps = {"logprob_gap": logprob_gap, "gradient_gap": gradient_gap.item()}
+    assert max(gaps.values()) < 1e-4, gaps
     return gaps
 
 
-@functools.cache
-def matmul_peak(dtype):
-    """Best rate of n x n matrix products, in operations per second."""
-    best = 0.0
-    for n in (1024, 2048, 4096):
-        a, b = torch.randn(2, n, n).to(DTYPES[dtype])
-        best = max(best, *(2 * n ** 3 / timed(torch.matmul, a, b) for _ in range(6)))
-    return best
+def timed(call, *args):
+    """Seconds of a call, with the work that it gives a GPU."""
+    wait_for_gpu()
+    start = time.perf_counter()
+    call(*args)
+    wait_for_gpu()
+    return time.perf_counter() - start
 
 
-def useful_operations(config, prefix, steps):
-    """Of one update (see the docstring)."""
-    pairs = {(step.prompt, step.response) for step in steps}
-    lengths = [(0, len(prefix))] + [(len(prefix), len(prompt)) for prompt in {prompt for prompt, _ in pairs}]
-    lengths += [(len(prefix) + len(prompt), len(response) - 1) for prompt, response in pairs]
-    tokens = sum(n for _, n in lengths)
-    seen = sum(n * before + n * (n + 1) // 2 for before, n in lengths)
-    with torch.device("meta"):
-        layers = sum(weight.numel() for weight in lm.Transformer(config).model["layers"].parameters())
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen
-    head = 6 * config.hidden_size * config.vocab_size * sum(len(response) for _, response in pairs)
-    return 6 * layers * tokens + attention + head
+def wait_for_gpu():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def peak_memory(side, steps, advantages):
-    """Peak resident bytes of an update, less those before: Linux's mark is set back after loading."""
-    def status(key):
-        return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-    sum(weight.sum() for weight in side.model.parameters())  # weights may be mapped and not read yet
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    side.update(steps, advantages)
-    return status("VmHWM") - before
+def in_turns(calls, repeats):
+    """The median seconds of each call; they take turns, after a first round that does not count."""
+    rounds = [[timed(*call) for call in calls] for _ in range(repeats + 1)]
+    return [statistics.median(seconds) for seconds in zip(*rounds[1:])]
 
 
-def in_child(directory, name, args):
-    """`peak_memory` of a side in a process of its own."""
-    command = [sys.executable, __file__, "--child", name, str(directory), "--threads", str(args.threads)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def new_update(side, answers):
+    side.model.zero_grad()
+    side.update(answers)
 
 
-def child(name, directory):
-    work = json.loads((directory / "work.json").read_text())
-    make = {"Ours": Ours, "Theirs": Theirs, "Trl": Trl}[name]
-    side = make(directory, DTYPES[work["dtype"]], work["prefix"], work["new"])
-    steps = [msgrpo.Step(tuple(prompt), tuple(response), old) for prompt, response, old in work["steps"]]
-    print(peak_memory(side, steps, work["advantages"]))
+def resident(key):
+    """VmRSS, resident bytes now, or VmHWM, at their peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{key}:\s+(\d+)", status)[1]) * 1024
+
+
+def peak_memory(side, answers):
+    """Peak resident bytes of an update, beyond those before it."""
+    for weight in side.model.parameters():
+        weight.sum()  # it may be mapped and not read yet
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+    before = resident("VmRSS")
+    side.update(answers)
+    return resident("VmHWM") - before
+
+
+def child(name):
+    """Print the peak memory of a side; the rest of its work stands in the standard input."""
+    work = json.load(sys.stdin)
+    torch.set_num_threads(work["threads"])
+    model, _ = make_model(work["model"], work["checkpoint"])
+    side = {"ours": Ours, "theirs": Theirs}[name](model.to(getattr(torch, work["dtype"])), work)
+    if name == "theirs":
+        del model
+    answers = [msgrpo.Answer(tuple(p), tuple(r), old) for p, r, old in work["answers"]]
+    print(peak_memory(side, answers))
+
+
+def memory_in_child(side, work):
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    command = [sys.executable, __file__, "--child", side.name]
+    given = {"input": json.dumps(work), "capture_output": True, "text": True}
+    return int(subprocess.run(command, check=True, **given).stdout)
 
 
 def compare(name, dtype, batch, states, args):
-    """A record of one case."""
+    """The figures of one case."""
     model, tokenizer = make_model(name, args.checkpoint)
-    games = list(itertools.islice(lakes(states, np.random.default_rng(0)), batch))
-    prefix = tokenizer.prefix(games[0].instructions)
-    prompts = [tuple(tokenizer.suffix(game.observation())) for game in games]
-    advantages = [(-1.0) ** i for i in range(batch)]
-    with tempfile.TemporaryDirectory() as directory:
-        lm.save_pretrained(directory, model.to(DTYPES[dtype]), None)
-        kinds = (Ours, Theirs, Trl)[:3 if args.trl else 2]
-        sides = [side(directory, DTYPES[dtype], prefix, args.new) for side in kinds]
-        steps = [msgrpo.Step(prompt, tuple(answer)) for prompt, answer in
-                 zip(prompts, sides[0].rollout(prompts), strict=True)]
-        msgrpo.rescore(sides[0].agent, [steps])
-        record = {"model": name, "dtype": dtype, "batch": batch, "states": states, "prefix": len(prefix),
-                  "prompt": statistics.mean(map(len, prompts)), "unequal_prompts": len(set(prompts)),
-                  "unequal_answers": len({(step.prompt, step.response) for step in steps}),
-                  "tokens": batch * args.new, "operations": useful_operations(model.config, prefix, steps),
-                  "matmul_peak": matmul_peak(dtype)}
-        work = {"dtype": dtype, "prefix": prefix, "new": args.new, "advantages": advantages,
-                "steps": [[step.prompt, step.response, step.logprobs] for step in steps]}
-        (Path(directory) / "work.json").write_text(json.dumps(work))
-        for kind in kinds:  # before this process has a heap of its own from the same work
-            record[f"{kind.__name__.lower()}_memory"] = in_child(directory, kind.__name__, args)
-        if dtype == "float32":
-            record |= check(sides, steps[:32], advantages[:32])
-        for what, calls in (
-                ("rollout", [functools.partial(timed, side.rollout, prompts) for side in sides[:2]]),
-                ("update", [functools.partial(update_seconds, side, steps, advantages) for side in sides])):
-            for side, seconds in zip(sides, turns(args.repeats, calls)):
-                record[f"{side.name}_{what}"] = seconds
-    return record
+    model.to(getattr(torch, dtype))
+    rng = np.random.default_rng(0)
+    lakes = distinct_lakes(rng) if states == "distinct" else played_lakes(rng)
+    lakes = list(itertools.islice(lakes, batch))
+    prompts = [tuple(tokenizer.suffix(lake.observation())) for lake in lakes]
+    work = {
+        "model": name,
+        "checkpoint": args.checkpoint,
+        "dtype": dtype,
+        "recompute": False,
+        "threads": args.threads,
+        "new": args.new,
+        "prefix": list(tokenizer.prefix(lakes[0].instructions)),
+    }
+    sides = [Ours(model, work), Theirs(model, work)]
+    answers = make_answers(sides[0], prompts)
+    work["answers"] = [[answer.prompt, answer.response, answer.logprobs] for answer in answers]
+    record = {"model": name, "dtype": dtype, "batch": batch, "states": states}
+    record["distinct"] = len(set(prompts))
+    for side in sides:
+        record[f"{side.name}_memory"] = memory_in_child(side, work)
+    if dtype == "float32":
+        record |= check(*sides, answers[:32])
+    return record | speeds(sides, prompts, answers, args.repeats)
 
 
-def growth(args):
-    """Seconds of rollouts and update of an iteration of ours, and of the same with one size doubled."""
-    base = {"episodes": 32, "steps": 4, "instructions": 120, "vocabulary": 8192}
-    for doubled in (None, *base):
-        size = base | ({doubled: 2 * base[doubled]} if doubled else {})
-        model = random_model(lm.Config("llama", size["vocabulary"], 256, 768, 6, 4, 2, 64))
-        rng = np.random.default_rng(0)
-        with tempfile.TemporaryDirectory() as directory:
-            lm.save_pretrained(directory, model, None)
-            instructions = rng.integers(8192, size=size["instructions"]).tolist()
-            side = Ours(directory, torch.float32, instructions, args.new)
-        count = size["episodes"] * size["steps"]
-        prompts, answers = (list(map(tuple, rng.integers(8192, size=(count, n)).tolist()))
-                            for n in (40, args.new))
-        steps = [msgrpo.Step(prompts[i], answers[i], [-9.0] * args.new) for i in range(count)]
-
-        def play(side, prompts, episodes):
-            for i in range(0, len(prompts), episodes):
-                side.rollout(prompts[i:i + episodes])
-
-        rollout, update = turns(args.repeats, [
-            functools.partial(timed, play, side, prompts, size["episodes"]),
-            functools.partial(update_seconds, side, steps, [(-1.0) ** i for i in range(count)])])
-        yield {"growth": doubled or "base", **size, "rollout": rollout, "update": update}
+def make_answers(ours, prompts):
+    """Answers to the prompts, with their log-probabilities as updates compute them."""
+    answers = [msgrpo.Answer(p, r) for p, r in zip(prompts, ours.rollout(prompts))]
+    steps = [msgrpo.Step(answer) for answer in answers]
+    for answer in answers:
+        answer.logprobs = [0.0] * ours.new
+    msgrpo.rescore(ours.agent, [steps])
+    return answers
 
 
-def show(record, file):
-    """The record, written to the file as well, and to the terminal."""
-    print(json.dumps(record), file=file, flush=True)
-    print(*(f"{key} {value}" for key, value in record.items() if not isinstance(value, list)), flush=True)
-    return record
+def speeds(sides, prompts, answers, repeats):
+    """Tokens per second of both sides' rollouts and updates."""
+    tokens = len(answers) * sides[0].new
+    rollouts = in_turns([(side.rollout, prompts) for side in sides], repeats)
+    updates = in_turns([(new_update, side, answers) for side in sides], repeats)
+    found = {}
+    for side, rollout, update in zip(sides, rollouts, updates):
+        found[f"{side.name}_rollout"] = tokens / rollout
+        found[f"{side.name}_update"] = tokens / update
+    return found
 
 
-def table(records):
-    """The medians as Markdown."""
-    mid, cases = statistics.median, [record for record in records if "model" in record]
-    if cases:
-        print("\n| model | dtype | batch | states | rollout tokens/s | transformers | ratio "
-              "| update tokens/s | plain | ratio | memory MB | plain | ratio | of matmul "
-              "| TRL's update tokens/s | its memory MB |\n|" + "---|" * 16)
-    for r in cases:
-        row = [r["model"], r["dtype"], r["batch"], r["states"]]
-        for what in ("rollout", "update"):
-            ours, theirs = (r["tokens"] / mid(r[f"{side}_{what}"]) for side in ("ours", "transformers"))
-            row += [f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.1f}"]
-        ours, theirs = (r[f"{side}_memory"] / 1e6 for side in ("ours", "theirs"))
-        row += [f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}"]
-        row.append(f"{r['operations'] / mid(r['ours_update']) / r['matmul_peak']:.0%}")
-        row += ([f"{r['tokens'] / mid(r['trl_update']):,.0f}", f"{r['trl_memory'] / 1e6:,.0f}"]
-                if "trl_update" in r else ["", ""])
-        print("|", " | ".join(map(str, row)), "|")
-    base = next((record for record in records if record.get("growth") == "base"), None)
-    if base:
-        print("\n| twice | rollouts s | ratio | update s | ratio |\n|" + "---|" * 5)
-    for r in records if base else ():
-        if "growth" in r:
-            ratios = ((mid(r[what]), mid(r[what]) / mid(base[what])) for what in ("rollout", "update"))
-            print("|", r["growth"], "|", " | ".join(f"{s:.3f} | {ratio:.2f}" for s, ratio in ratios), "|")
+def print_table(records):
+    """As Markdown."""
+    names = COLUMNS.split(", ")
+    print("\n| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for record in records:
+        row = [str(record[key]) for key in ("model", "dtype", "batch", "states")]
+        for what in ("rollout", "update", "memory"):
+            ours = record[f"ours_{what}"]
+            theirs = record[f"theirs_{what}"]
+            unit = 1e6 if what == "memory" else 1
+            if ours is None:
+                row += ["-", "-", "-"]
+            else:
+                row += [f"{ours / unit:,.0f}", f"{theirs / unit:,.0f}", f"{ours / theirs:.2f}"]
+        print("| " + " | ".join(row) + " |")
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    for name, kind, default in (("models", str, ["tiny", "smollm2"]), ("dtypes", str, [*DTYPES]),
-                                ("batches", int, [8, 32, 128]), ("states", str, ["distinct", "played"])):
-        parser.add_argument(f"--{name}", type=kind, default=default, nargs="*")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["tiny", "smollm2-135m"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 32, 128])
+    parser.add_argument("--states", nargs="+", default=["distinct", "played"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new", type=int, default=8, help="tokens of an answer")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--checkpoint", help="Hugging Face directory for smollm2's weights and tokenizer")
-    parser.add_argument("--trl", action="store_true", help="TRL's loss as well; wants trl and --checkpoint")
-    parser.add_argument("--no-growth", action="store_true", help="leave the table of growth out")
-    parser.add_argument("--out", type=Path, default=RESULTS / "bench.jsonl")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", help="a model's folder, in the place of random weights")
+    parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.trl and not (args.checkpoint and args.models == ["smollm2"]):
-        parser.error("--trl wants --checkpoint and --models smollm2: it needs a tokenizer's files")
     if args.child:
-        return child(args.child[0], Path(args.child[1]))
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())  # ARM gives none
-    machine = {"cpu": cpu and cpu[1], "torch": torch.__version__, "threads": args.threads, "new": args.new,
-               "real_weights": bool(args.checkpoint),
-               **{name: importlib.metadata.version(name) for name in ["transformers", *["trl"] * args.trl]}}
-    cases = itertools.product(args.models, args.dtypes, args.batches, args.states)
-    records = itertools.chain([machine], (compare(*case, args) for case in cases),
-                              () if args.no_growth else growth(args))
-    with open(args.out, "a") as file:
-        table([show(record, file) for record in records])
+        child(args.child)
+        sys.exit()
+    torch.set_num_threads(args.threads)
+    records = []
+    for case in itertools.product(args.models, args.dtypes, args.batches, args.states):
+        record = compare(*case, args)
+        record |= {"new": args.new, "threads": args.threads, "torch": torch.__version__}
+        records.append(record)
+        with open(args.out, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(json.dumps(record), flush=True)
+    print_table(records)
 
 
 if __name__ == "__main__":

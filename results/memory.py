@@ -1,168 +1,218 @@
-"""What a training run needs in GiB, from a config.json alone.
+"""What a training run needs on each device, in GiB, from a config.json alone.
 
-    python results/memory.py results/configs/qwen2.5-3b.json --recompute
-    MALLOC_MMAP_THRESHOLD_=65536 python results/memory.py CONFIG --measure    also runs it here, to compare
+    python results/memory.py results/configs/qwen2.5-3b.json --recompute --new 256     with --think
+    python results/memory.py results/configs/qwen2.5-3b.json --new 16                  without
+    python results/memory.py --check        small models, beside what they take on this CPU
 
-With P parameters, in bytes (train.Learner): float32 weights 4 P, gradients 4 P, Adam's two moments 8 P, all
-divided by --processes, which share them; the copy that plays (and, with one process, learns) 2 P in bfloat16,
-whole on each. Gradients are there from an update's first backward pass to its end. The layers that FSDP2
-gathers for a pass are not counted. --episodes and --update-episodes are those of one process.
+P parameters take float32 weights 4 P, gradients 4 P and Adam's moments 8 P, all divided by
+--processes, and the copy that plays 2 P in bfloat16 (in float32, on one process, there is none).
+Then comes the largest of four, each at its peak:
 
-What comes and goes is not written as formulas, which would age: model.py itself runs on torch's meta device,
-where tensors have sizes and no contents, and every allocation is counted while it lives.
+    rollout     one step of all episodes of an iteration: the cache of keys and values, twice while
+                rows that have ended are taken out of it, and the tables to sample from
+    evaluation  the same for all episodes of a scenario, which are played at once
+    update      the gradients, what the forward pass of a micro-batch keeps, and the larger of the
+                tables over the vocabulary of one slice and of one layer's backward pass
+    optimizer   the gradients alone
 
-    KV cache     2 layers kv_heads head_dim (shared + episodes (prompt - shared + new - 1)), dtype of the copy
-    rollout      peak of the answers of all episodes, with the tables (episodes, vocabulary) to sample from
-    activations  what the forward pass of the largest micro-batch keeps for its backward pass: the insides of
-                 every layer, and each answer's copy of the keys and values before it, among them; or, with
-                 --recompute, each layer's input; and tables (response tokens, vocabulary)
-    update       peak of this forward and backward pass; each weight's gradient is handed on as it comes
-
-The total is the larger of rollout and update. It assumes the worst: no two states are equal, no episode ends
-early. An earlier layout of the update pass measured .86 to 1.09 of it (a CPU, 60 million parameters; up to
-1.26 where glibc keeps fragments); the present one was not measured against it. A GPU's context and fragments
-come on top, and its other kernels keep less or more.
+It assumes the worst: no two states are alike, no episode and no answer ends early. It leaves out a
+GPU's context, its libraries' workspaces and the allocator's fragments, and with several processes
+the layers that are gathered for a pass.
 """
+
 import argparse
+import json
+import os
 import resource
+import subprocess
 import sys
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train  # before torch, whose threads it sets
+
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import model as lm
 import msgrpo
-import train
 
-# What depends on contents, which meta tensors lack: masks are all True, no two rows are equal.
-torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True
-UNIQUE, EQUAL, TOLIST = torch.Tensor.unique, torch.equal, torch.Tensor.tolist
-torch.Tensor.unique = lambda x, **kwargs: (x, torch.arange(len(x), device="meta")) if x.is_meta else (
-    UNIQUE(x, **kwargs))
-torch.equal = lambda a, b: not a.is_meta and EQUAL(a, b)
-torch.Tensor.tolist = lambda x: TOLIST(torch.ones(x.shape, dtype=x.dtype) if x.is_meta else x)
-GIB = 2 ** 30
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of the meta tensors that were made inside and live now, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.storages = 0, 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given, made = ([t.untyped_storage() for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
-                       for x in ((args, kwargs), result))
-        old = {storage._cdata for storage in given} | self.storages.keys()
-        for storage in made:
-            if storage.device.type == "meta" and storage._cdata not in old:
-                self.storages[storage._cdata] = storage.nbytes()
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self.free, storage._cdata)
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def free(self, key):
-        self.live -= self.storages.pop(key)
+GIB = 2**30
+FLAGS = {  # name: default and meaning
+    "episodes": (32, "played at once: groups * group size"),
+    "eval-episodes": (1000, "played at once in an evaluation"),
+    "update-episodes": (16, "of one optimiser step"),
+    "steps": (8, "of an episode"),
+    "shared": (120, "tokens of the instructions"),
+    "state": (60, "tokens of a state, behind the instructions"),
+    "new": (16, "tokens of an answer; with --think 256"),
+    "micro-batch-tokens": (16384, "as in train.py"),
+    "processes": (1, "that share the float32 state"),
+}
+CHECKS = [  # slice: the logarithm of model.TABLE_ELEMENTS
+    {"hidden_size": 384, "num_hidden_layers": 4, "new": 16, "slice": 26},
+    {"hidden_size": 384, "num_hidden_layers": 4, "new": 64, "slice": 22, "recompute": True},
+    {"hidden_size": 256, "num_hidden_layers": 8, "new": 64, "slice": 22},
+    {"hidden_size": 256, "num_hidden_layers": 8, "new": 128, "slice": 23, "recompute": True},
+]
 
 
-def agent(model, args):
-    """An agent whose prompts are given as tokens."""
-    tokenizer = SimpleNamespace(size=model.config.vocab_size, end_ids=(), decode=str,
-                                prefix=lambda text: [0] * args.shared, suffix=lambda prompt, think: prompt)
-    return lm.LanguageAgent(model, tokenizer, "", max_new_tokens=args.new)
+def rollout(c, args, episodes):
+    """Peak bytes of playing one step of so many episodes."""
+    slots = args.shared + args.state + args.new
+    layer = 2 * c.num_key_value_heads * c.head_dim * args.size  # keys and values of a token
+    cache = episodes * slots * c.num_hidden_layers * layer
+    tables = 3 * 4 * episodes * c.vocab_size  # log-probabilities, probabilities, their sum so far
+    return 2 * cache + tables
 
 
-def rollout(model, args):
-    """Peak of a batch's answers."""
-    prompts = [(i,) * (args.prompt - args.shared) for i in range(args.episodes)]
-    with Allocations() as memory:
-        agent(model, args).act(prompts, np.zeros((args.episodes, args.new)))
-    return memory.peak
+def update(c, args):
+    """Peak bytes of a forward and a backward pass, beyond the gradients."""
+    at_most = args.micro_batch_tokens // (args.state + args.new)
+    rows = max(1, min(at_most, args.update_episodes * args.steps))
+    read = args.state + args.new - 1  # tokens of a row; an answer's last one is not read
+    tokens = args.shared + rows * read
+    slots = tokens + rows * args.shared
+    q = c.num_attention_heads * c.head_dim
+    kv = c.num_key_value_heads * c.head_dim
+
+    # What a layer keeps of a token: both norms' inputs and two outputs each; queries, attention's
+    # output as it is and as o_proj wants it; gate, its silu, up, and their product
+    of_token = 6 * c.hidden_size + 3 * q + 4 * c.intermediate_size
+    layer = tokens * of_token + slots * 2 * kv
+    # Gradients in a layer's backward pass: of product, silu and up; of what goes in and comes out
+    backward = tokens * (3 * c.intermediate_size + 2 * c.hidden_size)
+    if args.recompute:
+        kept = c.num_hidden_layers * tokens * c.hidden_size
+        backward += layer
+    else:
+        kept = c.num_hidden_layers * layer
+    kept += 3 * tokens * c.hidden_size  # the last norm
+
+    head = c.vocab_size * c.hidden_size  # its gradient in the numbers of the pass
+    elements = min(rows * args.new * c.vocab_size, lm.TABLE_ELEMENTS)  # of a slice's table
+    tables = 6 * 4 * elements  # logits, log-probabilities, their exp, gradients
+    at_the_head = tables + args.size * head
+    in_a_layer = args.size * backward
+    return args.size * (kept + head) + max(at_the_head, in_a_layer)
 
 
-def micro_batch(model, args):
-    """(kept by the forward pass, peak with the backward pass) of as many answers as the budget holds."""
-    prompt = args.prompt - args.shared
-    n = min(args.update_episodes * args.steps, max(1, args.micro_batch_tokens // (prompt + args.new)))
-    steps = [msgrpo.Step((i,) * prompt, (i,) * args.new) for i in range(n)]
-    policy = agent(model, args)
-    with Allocations() as memory:
-        logprobs, entropies = policy.score(steps)
-        loss, kept = (logprobs.exp() + entropies).sum(), memory.live
-        loss.backward()
-    return kept, memory.peak
-
-
-def estimate(config, args):
-    """{name: bytes}"""
+def estimate(c, args):
+    """{what: bytes}"""
     with torch.device("meta"):
-        model = lm.Transformer(config).to(getattr(torch, args.dtype))
-    model.recompute = args.recompute
-    for weight in model.parameters():  # float32 gradients are counted apart
-        weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
-    count, size = sum(weight.numel() for weight in model.parameters()), 4 if args.dtype == "float32" else 2
-    slots = args.shared + args.episodes * (args.prompt - args.shared + args.new - 1)
-    kv_size = config.num_key_value_heads * config.head_dim * size
-    sizes = {"weights": 4 * count / args.processes, "gradients": 4 * count / args.processes,
-             "moments": 8 * count / args.processes, "copy": size * count,
-             "KV cache": 2 * config.num_hidden_layers * kv_size * slots, "rollout": rollout(model, args)}
-    sizes["activations"], sizes["update"] = micro_batch(model, args)
-    state = sizes["weights"] + sizes["moments"] + sizes["copy"]
-    return sizes | {"total": state + max(sizes["rollout"], sizes["gradients"] + sizes["update"])}
+        model = lm.Transformer(c)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    has_copy = args.dtype == "bfloat16" or args.processes > 1
+    sizes = {
+        "weights": 4 * parameters / args.processes,
+        "moments": 8 * parameters / args.processes,
+        "copy": args.size * parameters if has_copy else 0,
+    }
+    state = sum(sizes.values())
+    gradients = 4 * parameters / args.processes
+    peaks = {
+        "rollout": rollout(c, args, args.episodes),
+        "evaluation": rollout(c, args, args.eval_episodes),
+        "update": gradients + update(c, args),
+        "optimizer": gradients,
+    }
+    return sizes | peaks | {"total": state + max(peaks.values())}
 
 
-def measure(config, args):
+def measure(c, args):
     """Peak resident bytes of a rollout and two updates with random weights, less those before."""
-    prompts = [(i,) * (args.prompt - args.shared) for i in range(args.episodes * args.steps)]
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    master = lm.Transformer(config)
-    for weight in master.parameters():
-        torch.nn.init.normal_(weight, std=.02)
-    train.tiny_start = lambda settings: (master, True)
-    learner = train.Learner(train.Settings(dtype=args.dtype, device="cpu", recompute=args.recompute))
-    policy = agent(learner.model, args)
-    policy.act(prompts[:args.episodes], np.random.default_rng(0).random((args.episodes, args.new)))
-    prompts = prompts[:args.update_episodes * args.steps]
-    ids = torch.randint(config.vocab_size, (len(prompts), args.new)).tolist()
-    steps = [msgrpo.Step(prompt, tuple(ids[i]), [0.0] * args.new) for i, prompt in enumerate(prompts)]
-    msgrpo.assign_credit([steps], torch.ones(1))
-    for _ in range(2):  # the first makes the moments
-        msgrpo.accumulate_gradient(policy, [steps], entropy_coef=.001, budget=args.micro_batch_tokens)
+    model = lm.Transformer(c)
+    tokenizer = SimpleNamespace(
+        size=c.vocab_size,
+        end_ids=(),
+        decode=str,
+        prefix=lambda instructions, think: [0] * args.shared,
+        suffix=lambda state, think: state,
+    )
+    settings = train.Settings(
+        dtype=args.dtype, device="cpu", recompute=args.recompute, max_new_tokens=args.new, threads=1
+    )
+    learner = train.Learner(settings, model, tokenizer)
+    prompts = [(i,) * args.state for i in range(args.update_episodes * args.steps)]
+    uniforms = np.random.default_rng(0).random((args.episodes, args.new))
+    learner.player("").act(prompts[: args.episodes], uniforms)
+    steps = []
+    for prompt in prompts:
+        response = tuple(torch.randint(c.vocab_size, (args.new,)).tolist())
+        steps.append(msgrpo.Step(msgrpo.Answer(prompt, response, [0.0] * args.new), credit=1.0))
+    for _ in range(2):  # the first one makes the moments
+        budget = args.micro_batch_tokens
+        msgrpo.accumulate_gradient(learner.trainee(""), [steps], entropy_coef=0.001, budget=budget)
         learner.update(1e-6)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
-def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("config", type=Path, help="a model's config.json")
-    for name, default, text in (
-            ("episodes", 32, "played at once"), ("update-episodes", 16, "of one optimiser step"),
-            ("steps", 8, "of an episode"), ("prompt", 180, "tokens of a prompt"),
-            ("shared", 120, "of them in the instructions"), ("new", 16, "tokens of an answer"),
-            ("micro-batch-tokens", 16384, "as in train.py"), ("processes", 1, "that share float32 state")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
-    parser.add_argument("--measure", action="store_true", help="run it on this machine's CPU as well")
-    args = parser.parse_args()
+def check():
+    """Print prediction and measurement of small models, each in a process of its own."""
+    for number, case in enumerate(CHECKS):
+        command = [sys.executable, __file__, "--case", str(number)]
+        # So that glibc gives back at once what is freed
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        print(done.stdout, end="", flush=True)
+
+
+def check_case(case, args):
+    """One case of `check`: its small model and its sizes."""
+    args.dtype = "float32"
+    args.size = 4
+    args.recompute = case.get("recompute", False)
+    args.new = case["new"]
+    args.episodes = 8
+    args.eval_episodes = 8
+    args.steps = 3  # at least two full micro-batches: in the second one, gradients are there
+    args.micro_batch_tokens = 1500
+    lm.TABLE_ELEMENTS = 2 ** case["slice"]
+    width = case["hidden_size"]
+    c = lm.Config("llama", 16384, width, 3 * width, case["num_hidden_layers"], 8, 2, width // 8)
+    predicted = estimate(c, args)["total"]
+    measured = measure(c, args)
+    figures = {
+        "predicted": predicted / GIB,
+        "measured": measured / GIB,
+        "ratio": predicted / measured,
+    }
+    print(json.dumps(case | {name: round(figure, 3) for name, figure in figures.items()}))
+
+
+def predict(args):
+    """Print the estimate for a config.json."""
     try:
         config = lm.parse_config(args.config.read_bytes())
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"memory.py: {args.config}: {error}")
     for name, size in estimate(config, args).items():
         print(f"{name:12s} {size / GIB:8.2f} GiB")
-    if args.measure:
-        print(f"{'measured':12s} {measure(config, args) / GIB:8.2f} GiB")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, nargs="?", help="a model's config.json")
+    for name, (default, text) in FLAGS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--recompute", action="store_true", help="as in train.py")
+    parser.add_argument("--check", action="store_true", help="measure small models; Linux alone")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.size = 2 if args.dtype == "bfloat16" else 4  # bytes of a number in a pass
+    if args.check:
+        check()
+    elif args.case is not None:
+        check_case(CHECKS[args.case], args)
+    elif args.config is None:
+        parser.error("whose config.json?")
+    else:
+        predict(args)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""One process of two threads against two processes of one thread: the tiny run's seconds per trained token.
+"""Two processes of one thread against one process of two: seconds per million trained tokens.
 
-    python results/processes.py                  about three minutes on two cores
+    python results/processes.py           some minutes on two cores
 
-The two take turns; counted is the time from the end of the first iteration to the end of the last, by the
-clock in metrics.jsonl. The raw figures go to the terminal as JSON, one line a run.
+Both train the tiny model, in turns. Counted is the time between the ends of the first and the last
+iteration. A JSON line per run goes to the terminal.
 """
+
 import argparse
 import json
 import statistics
@@ -14,31 +15,41 @@ import tempfile
 from pathlib import Path
 
 TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-COMMANDS = {"one process, two threads": ([sys.executable], 2), "two processes, one thread": (TORCHRUN, 1)}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+COMMANDS = {
+    "one process, two threads": [sys.executable, TRAIN, "--threads", "2"],
+    "two processes, one thread": [sys.executable, *TORCHRUN, TRAIN, "--threads", "1"],
+}
+
+
+def run(command, iterations, seed):
+    """(trained tokens, seconds) of a run behind its first iteration."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--tiny", "--iterations", str(iterations), "--seed", str(seed)]
+        flags += ["--eval-episodes", "1", "--out", f"{folder}/run"]
+        subprocess.run([*command, *flags], check=True, capture_output=True)
+        text = Path(f"{folder}/run/metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    tokens = sum(line["trained_tokens"] for line in lines[1:])
+    return tokens, lines[-1]["seconds"] - lines[0]["seconds"]
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--iterations", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    seconds = {name: [] for name in COMMANDS}
-    for turn in range(args.repeats):
-        for name, (launch, threads) in COMMANDS.items():
-            with tempfile.TemporaryDirectory() as out:
-                flags = {"out": out, "threads": threads, "iterations": args.iterations, "eval-episodes": 1,
-                         "seed": turn}
-                command = [*launch, TRAIN, "--tiny", *(f"--{flag}={value}" for flag, value in flags.items())]
-                subprocess.run(command, check=True, capture_output=True)
-                log = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-            tokens = sum(metrics["trained_tokens"] for metrics in log[1:])
-            seconds[name].append((log[-1]["seconds"] - log[0]["seconds"]) / tokens * 1e6)
-            row = {"run": name, "seed": turn, "tokens": tokens, "s_per_million": seconds[name][-1]}
+    found = {name: [] for name in COMMANDS}
+    for seed in range(args.repeats):
+        for name, command in COMMANDS.items():
+            tokens, seconds = run(command, args.iterations, seed)
+            found[name].append(seconds / tokens * 1e6)
+            row = {"run": name, "seed": seed, "tokens": tokens, "s_per_million": found[name][-1]}
             print(json.dumps(row), flush=True)
-    one, two = (statistics.median(values) for values in seconds.values())
-    print(f"median seconds per million trained tokens: {one:.1f} and {two:.1f}, ratio {one / two:.2f}")
+    for name, values in found.items():
+        print(f"{name}: {statistics.median(values):.1f} s per million trained tokens, median")
 
 
 if __name__ == "__main__":
