@@ -346,9 +346,11 @@ class Cache:
 def sample(table, uniforms):
     """The token of each row where the cumulative distribution passes the row's uniform.
 
-    table (rows, size) of log-probabilities, uniforms (rows,) in [0, 1) -> (rows,). So a row's token
-    does not depend on the other rows.
+    table (rows, size) of log-probabilities, uniforms (rows,) in [0, 1), None: greedy -> (rows,). So
+    a row's token does not depend on the other rows.
     """
+    if uniforms is None:
+        return table.argmax(-1)
     cumulative = table.exp().cumsum(-1)
     thresholds = uniforms[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
@@ -377,6 +379,7 @@ class LanguageAgent:
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.device = next(model.parameters()).device
+        self.captures = self.device.type == "cuda"  # a step is captured as one graph
         self.instructions = torch.tensor(
             [tokenizer.prefix(instructions, think)], device=self.device
         )
@@ -428,25 +431,35 @@ class LanguageAgent:
 
         tokens = torch.full((len(prompts), self.max_new_tokens), -1, device=self.device)
         logprobs = torch.zeros(len(prompts), self.max_new_tokens, device=self.device)
-        alive = torch.arange(len(prompts), device=self.device)  # answers that go on
+        running = torch.arange(len(prompts), device=self.device)  # answers in the batch
+        going = torch.ones_like(running, dtype=torch.bool)  # those of them that have not ended
         cache = None
         for t in range(self.max_new_tokens):
-            if uniforms is None:
-                token = table.argmax(-1)
-            else:
-                token = sample(table, uniforms[alive, t])
-            tokens[alive, t] = token
-            logprobs[alive, t] = table.gather(1, token[:, None])[:, 0]
-            going = (~torch.isin(token, self.end_ids)).nonzero()[:, 0]
-            alive = alive[going]
-            if t + 1 == self.max_new_tokens or len(alive) == 0:
+            token = sample(table, None if uniforms is None else uniforms[running, t])
+            tokens[running, t] = torch.where(going, token, -1)
+            logprobs[running, t] = table.gather(1, token[:, None])[:, 0]
+            going = going & ~torch.isin(token, self.end_ids)
+            count = int(going.sum())
+            if t + 1 == self.max_new_tokens or count == 0:
                 break
-            if cache is None:
-                cache = Cache(self.prefix, keys_values, lengths, rows[going], self.max_new_tokens)
-            elif len(alive) < len(token):
-                cache.take(going)
-            table = self.table(self.read_token(token[going], cache))
+            if cache is None or self.should_shrink(count, len(running)):
+                kept = going.nonzero()[:, 0]
+                token = token[kept]
+                running = running[kept]
+                going = going[kept]
+                if cache is None:
+                    cache = Cache(
+                        self.prefix, keys_values, lengths, rows[kept], self.max_new_tokens
+                    )
+                else:
+                    cache.take(kept)
+                step = capture(self.read_token, token, cache) if self.captures else self.read_token
+            table = self.table(step(token, cache))
         return self.answers(prompts, tokens.tolist(), logprobs.tolist())
+
+    def should_shrink(self, going, running):
+        """Whether ended answers leave the batch; where a step is captured, once half have ended."""
+        return going <= running // 2 if self.captures else going < running
 
     def read_prompts(self, prompts):
         """Run prompts: the table of each one's first new token, keys and values, lengths."""
@@ -494,7 +507,31 @@ def pick(parts, order):
     return torch.cat([parts[i] for i in order])
 
 
-# Below: file formats
+# Below: a captured step, and file formats
+
+
+def capture(step, token, cache):
+    """A step of sampling as one CUDA graph: a replay launches all of its kernels at once.
+
+    step(token, cache) is `LanguageAgent.read_token`. The graph is for this cache and this number of
+    answers. Weights are updated in place, so it would outlive updates.
+    """
+    static_token = token.clone()
+    step(static_token, cache)  # what happens at a first time cannot be captured
+    cache.positions -= 1  # take that step back; its slot is written again
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x = step(static_token, cache)
+
+    def replay(token, cache):
+        static_token.copy_(token)
+        graph.replay()
+        return x
+
+    return replay
+
+
+# File formats
 #
 # Files come from strangers. What is malformed or not supported raises ValueError with the file and
 # the reason, and no memory is allocated that the size of a file does not justify.

@@ -425,13 +425,14 @@ class Words:
 INSTRUCTION_IDS = Words().prefix(Corridor.instructions)
 
 
-def corridor_agent(std=0.4, max_new_tokens=3, tokenizer=None, **settings):
+def corridor_agent(std=0.4, max_new_tokens=3, tokenizer=None, device="cpu", **settings):
     """An agent with random weights, whose model has more rows than the tokenizer has tokens."""
     model = lm.Transformer(lm.Config("qwen2", Words.size + 5, 16, 24, 2, 4, 2, 4))
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(weight, std=std)
+    model.to(device)
     settings["max_new_tokens"] = max_new_tokens
     return lm.LanguageAgent(model, tokenizer or Words(), Corridor.instructions, **settings)
 
@@ -564,6 +565,37 @@ def test_the_cache_keeps_its_tensors_while_no_row_ends():
     assert len(shapes) == 8
     assert shapes == shapes[:1] * 8
     assert places == places[:1] * 8
+
+
+def answers_of(agent, captures):
+    agent.captures = captures
+    uniforms = np.random.default_rng(0).random((24, agent.max_new_tokens))
+    states = [f"from {1 + i % 4} go {('west', 'east')[i % 2]}" for i in range(24)]
+    return [dataclasses.replace(a, logprobs=()) for a in agent.act(states, uniforms)]
+
+
+def test_captured_steps_give_the_same_answers(monkeypatch):
+    """A stand-in for CUDA's graph, with its static token; where there is a GPU, the graph itself."""
+    sizes = []
+
+    def stand_in(step, token, cache):
+        static_token = token.clone()
+        sizes.append(len(token))
+
+        def replay(token, cache):
+            return step(static_token.copy_(token), cache)
+
+        return replay
+
+    agent = corridor_agent(max_new_tokens=9)
+    plain = answers_of(agent, captures=False)
+    if torch.cuda.is_available():
+        on_gpu = corridor_agent(max_new_tokens=9, device="cuda")
+        assert answers_of(on_gpu, captures=True) == answers_of(on_gpu, captures=False)
+    monkeypatch.setattr(lm, "capture", stand_in)
+    assert answers_of(agent, captures=True) == plain
+    assert len(sizes) > 1
+    assert all(later <= earlier // 2 for earlier, later in itertools.pairwise(sizes))
 
 
 def test_greedy_answers_are_remembered_until_the_weights_change():

@@ -70,10 +70,7 @@ class WordAgent(lm.LanguageAgent):
             tables, _, _ = self.read_prompts(new)
             self.tables.update(zip(new, tables))
         table = torch.stack([self.tables[prompt] for prompt in prompts])
-        if uniforms is None:
-            tokens = table.argmax(-1)
-        else:
-            tokens = lm.sample(table, uniforms[:, 0])
+        tokens = lm.sample(table, None if uniforms is None else uniforms[:, 0])
         logprobs = table.gather(1, tokens[:, None])
         answers = []
         for prompt, token, logprob in zip(prompts, tokens.tolist(), logprobs.tolist()):
