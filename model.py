@@ -107,7 +107,7 @@ def attention(q, k, v, mask):
     groups = k.shape[1]
     q = q.reshape(batch, groups, heads // groups * time, head_dim)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = out.view(batch, heads, time, head_dim)
+    out = out.reshape(batch, heads, time, head_dim)
     return out.transpose(1, 2).flatten(2)
 
 
