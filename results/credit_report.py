@@ -1,0 +1,5 @@
+"""Tables and figures of results/credit.py. To follow."""
+
+
+def write(runs):
+    pass
