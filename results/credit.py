@@ -270,28 +270,32 @@ class Critic:
         episodes = [episode for group in groups for episode in group]
         prompts, rows = rows_of([step.answer.prompt for episode in episodes for step in episode])
         with torch.no_grad():
-            values = self.values(prompts).tolist()
-        sums = torch.zeros(len(prompts))
-        counts = torch.zeros(len(prompts))
-        credits = []
-        row = iter(rows)
+            values = self.values(prompts)
+        own_values = values[rows].tolist()  # of each step
+        advantages = []
         for episode in episodes:
-            own = [next(row) for _ in episode]
-            advantage = 0.0
-            following = 0.0
-            for step, i in zip(reversed(episode), reversed(own)):
-                delta = step.reward + following - values[i]
-                advantage = delta + self.lambda_ * advantage
-                step.credit = advantage
-                following = values[i]
-                sums[i] += advantage + values[i]
-                counts[i] += 1
-            credits += [step.credit for step in episode]
-        center = sum(credits) / len(credits)
-        for episode in episodes:
-            for step in episode:
-                step.credit -= center
-        self.fit(prompts, sums / counts, counts / counts.sum())
+            start = len(advantages)
+            advantages += self.gae(episode, own_values[start : start + len(episode)])
+        center = sum(advantages) / len(advantages)
+        steps = [step for episode in episodes for step in episode]
+        for step, advantage in zip(steps, advantages):
+            step.credit = advantage - center
+        rows = torch.tensor(rows)
+        sums = torch.zeros(len(prompts)).index_add(0, rows, torch.tensor(advantages))
+        counts = torch.bincount(rows)
+        self.fit(prompts, values + sums / counts, counts / len(rows))
+
+    def gae(self, episode, values):
+        """A_t of each step, from the last to the first."""
+        advantages = [0.0] * len(episode)
+        advantage = 0.0
+        following = 0.0  # V behind the last step
+        for t in reversed(range(len(episode))):
+            delta = episode[t].reward + following - values[t]
+            advantage = delta + self.lambda_ * advantage
+            advantages[t] = advantage
+            following = values[t]
+        return advantages
 
     def fit(self, prompts, targets, weights):
         for _ in range(self.passes):

@@ -67,19 +67,23 @@ def test_critic_gae():
 
 
 def test_faded_advantage_raises_the_worst_action():
-    """Three first actions of equal chance: bad ends at once with 0; good ends after three steps with 1.
+    """A first step with three actions of chances .4, .4 and .2, and what follows each of them.
 
-    Middling ends at once with .5. The expected credit of the first step under fading is largest for
-    the middling action, though good is best: far from the end little is left. Where all returns are
-    below the mean the far ones look best: the worst action is raised above a better one.
+    Best: 1 after nine steps. Middling: .5 at once. Worst: nothing, after 21 steps. The softmax gradient
+    raises an action whose credit is above the mean credit. Fading leaves little of what is far from
+    the end: the middling action, a little below the mean return, looks worse than the worst one.
     """
-    group = (episode(0.5), episode(0, 0, 1), episode(0.45, 0, 0, 0, 0, 0, 0, 0), episode(0.46))
-    whole = [c[0] for c in credits(credit.whole_episode, *group)]
-    faded = [c[0] for c in credits(credit.RULES["faded advantage"], *group)]
-    assert np.argmin(whole) == 2  # .45 is the worst return
-    assert faded[2] > faded[3] and faded[2] > faded[0]  # its length hides it
-    to_go = [c[0] for c in credits(credit.RULES["to go"], *group)]
-    assert np.argmin(to_go) == 2
+    best = [episode(*[0] * 8, 1) for _ in range(4)]
+    middling = [episode(0.5) for _ in range(4)]
+    worst = [episode(*[0] * 21) for _ in range(2)]
+
+    def raised(arm):
+        first = np.array([c[0] for c in credits(credit.RULES[arm], *best, *middling, *worst)])
+        return (first - first.mean())[[0, 4, 8]] > 0
+
+    assert raised("whole episode").tolist() == [True, False, False]
+    assert raised("to go").tolist() == [True, False, False]
+    assert raised("faded advantage").tolist() == [True, False, True]
 
 
 def test_draws():
