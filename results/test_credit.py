@@ -142,3 +142,15 @@ def test_every_arm_runs(arm, monkeypatch):
     monkeypatch.setitem(games.TASKS, "key 5", short)
     row = credit.run(credit.Job("key 5", arm, 9000, 1e-3, 0.01))
     assert len(row["curves"]["success"]) == 2
+
+
+def test_statistics():
+    report = pytest.importorskip("credit_report")  # needs matplotlib
+    for freedom, t in report.T_QUANTILES.items():
+        values = np.array([-1.0, 1.0] * 5)[: freedom + 1]
+        values = values - values.mean()
+        values += t * values.std(ddof=1) / (freedom + 1) ** 0.5
+        assert report.p_value(values) == pytest.approx(0.05, abs=2e-3)
+        mean, half = report.interval(values)
+        assert half == pytest.approx(mean)
+    assert np.allclose(report.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
