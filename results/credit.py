@@ -39,11 +39,11 @@ probability p_i = min(1, c |A_i|), sum p_i = K, and weighs 1 / p_i: AAW made unb
 Free answers: one row, "key 10" with `whole episode` and `to go`: all tokens are allowed, the answer is
 <action>word</action> of three tokens, after 100 steps of next-token prediction of random answers.
 
-Tuning. Each arm alike: learning rate 1e-3 or 3e-3, entropy coefficient .05 or .01, on seeds 9000 and 9001;
-the best mean area is taken (where equal, the best final return). "key 5" has what was best on "key 10",
-"key 40" what was best on "key 20", "slippery" and "cost" what was best on "lake", free answers what was
-best for the arm on "key 10". Reported seeds: 500 to 509 in the main games, 500 to 504 elsewhere. They are
-used for nothing else.
+Tuning. Each arm alike: learning rate 1e-3 or 3e-3, entropy coefficient .15, .05 or .01, on seeds 9000 and
+9001 (.15 was added before any reported run, when .05 had been best for most arms on "key 10"); the best mean
+area is taken (where equal, the best final return). "key 5" has what was best on "key 10", "key 40" what was
+best on "key 20", "slippery" and "cost" what was best on "lake", free answers what was best for the arm on
+"key 10". Reported seeds: 500 to 509 in the main games, 500 to 504 elsewhere. They are used for nothing else.
 
 Measures. Every ten iterations 100 held-out starts are played greedily: a share of successes (the door
 opened with the key, or the goal reached). Main: `area`, the mean of that share over the run (trapezes).
@@ -94,7 +94,7 @@ GROUP_SIZE = 8
 EVALUATION = 100  # held-out episodes
 EVERY = 10  # iterations between evaluations
 TUNING_SEEDS = (9000, 9001)
-GRID = tuple(product((1e-3, 3e-3), (0.05, 0.01)))  # learning rate, entropy coefficient
+GRID = tuple(product((1e-3, 3e-3), (0.15, 0.05, 0.01)))  # learning rate, entropy coefficient
 KEY_GAMES = ("key 5", "key 10", "key 20", "key 40")
 MAIN_GAMES = (*KEY_GAMES, "coin lake")
 OTHER_GAMES = ("lake", "slippery", "cost")
