@@ -6,8 +6,8 @@ text-mediated stochastic game (S, A, T, r, H) with the two maps between text and
     phi: state -> text                  `FrozenLake.observation`
     psi: text -> action or invalid      `parse_action`
 
-States are numbered row by row from the top left. Actions are left 0, down 1, right 2, up 3. A map is
-a list of rows of the letters S (start), F (frozen), H (hole) and G (goal). Nothing here knows of
+States are numbered row by row from the top left. Actions are left 0, down 1, right 2, up 3. A map
+is a list of rows of the letters S (start), F (frozen), H (hole) and G (goal). Nothing here knows of
 tokens or of models.
 """
 
@@ -38,72 +38,6 @@ SCENARIOS = {  # the first three are the later public configuration of the paper
     "bigslippery": Scenario(size=6, p=0.9, success_rate=1 / 3, max_steps=15),
     "big": Scenario(size=6, p=0.8, success_rate=1.0, max_steps=20),  # ours
 }
-
-
-def solvable(desc):
-    """Can the goal be reached from the start, top left, without entering a hole?"""
-    size = len(desc)
-    frontier = [(0, 0)]
-    seen = {(0, 0)}
-    while frontier:
-        row, column = frontier.pop()
-        if desc[row][column] == "G":
-            return True
-        for down, right in MOVES:
-            place = (row + down, column + right)
-            inside = 0 <= place[0] < size and 0 <= place[1] < size
-            if inside and place not in seen and desc[place[0]][place[1]] != "H":
-                seen.add(place)
-                frontier.append(place)
-    return False
-
-
-def random_map(size, p, rng):
-    """A solvable size x size map; every tile but the corners is frozen with probability p.
-
-    rng: a numpy Generator. Raises ValueError where no such map can be drawn: Gymnasium's generator
-    would search for ever.
-    """
-    if size < 2 or not 0 < p <= 1:
-        raise ValueError(f"a random map needs size >= 2 and 0 < p <= 1, not size {size} and p {p}")
-    for _ in range(100_000):
-        tiles = np.where(rng.random((size, size)) < p, "F", "H")
-        tiles[0, 0] = "S"
-        tiles[-1, -1] = "G"
-        desc = ["".join(row) for row in tiles]
-        if solvable(desc):
-            return desc
-    raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
-
-
-def is_held_out(desc):
-    """Is this map reserved for evaluation? An eighth of all maps is, by a hash.
-
-    Another seed would not do: only 3,828 maps of 4x4 are solvable, and the likely ones repeat.
-    """
-    return hashlib.sha256("\n".join(desc).encode()).digest()[0] % 8 == 0
-
-
-def draw_map(scenario, rng, held_out=False):
-    """A random map of the scenario, from the training maps or from the held-out ones."""
-    while True:
-        desc = random_map(scenario.size, scenario.p, rng)
-        if is_held_out(desc) == held_out:
-            return desc
-
-
-@functools.cache
-def held_out_maps(scenario):
-    """Every held-out map of a 4x4 scenario, and each one's share of the generator's probability."""
-    maps = []
-    for inner in itertools.product("FH", repeat=14):
-        tiles = "S" + "".join(inner) + "G"
-        desc = [tiles[i : i + 4] for i in range(0, 16, 4)]
-        if is_held_out(desc) and solvable(desc):
-            maps.append(desc)
-    holes = np.array(["".join(desc).count("H") for desc in maps])
-    weights = scenario.p ** (14 - holes) * (1 - scenario.p) ** holes
-    return maps, weights / weights.sum()
 
 
 def parse_action(text):
@@ -211,7 +145,7 @@ class FrozenLake:
         return row * self.columns + column
 
     def step(self, text):
-        """Play an answer: (reward, done, valid). One uniform draw decides where a valid move ends."""
+        """Play an answer: (reward, done, valid). One draw decides where a valid move ends."""
         self.steps += 1
         out_of_steps = self.steps == self.max_steps
         action = parse_action(text)
@@ -228,7 +162,7 @@ class FrozenLake:
 
     @property
     def instructions(self):
-        """What never changes in an episode, made of the settings, so that it cannot contradict them."""
+        """What never changes in an episode, made of the settings: it cannot contradict them."""
         if self.success_rate == 1:
             ice = "not slippery: you move as you choose."
         else:
@@ -252,22 +186,124 @@ class FrozenLake:
         """phi: the current state as text, and nothing of the past."""
         return render(self.tiles, self.columns, self.state, self.coordinates)
 
-    def success_bounds(self):
-        """Probability of the goal within max_steps: (of the optimal player, of a uniformly random one).
 
-        Value iteration: V <- max or mean over a of sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
-        """
-        states = len(self.tiles)
-        kernel = np.zeros((4, states, states))  # (action, state, next state)
-        for action, state in np.ndindex(4, states):
-            for probability, target, _, _ in self.transitions(state, action):
-                kernel[action, state, target] += probability
-        goal = np.array([tile == "G" for tile in self.tiles], float)
-        alive = np.array([tile in "SF" for tile in self.tiles], float)
-        optimal = np.zeros(states)
-        uniform = np.zeros(states)
-        for _ in range(self.max_steps):
-            optimal = (kernel @ (goal + alive * optimal)).max(0)
-            uniform = (kernel @ (goal + alive * uniform)).mean(0)
-        start = self.tiles.index("S")
-        return float(optimal[start]), float(uniform[start])
+# Below: how maps are drawn and held out, and what evaluation compares with.
+
+
+def solvable(desc):
+    """Can the goal be reached from the start, top left, without entering a hole?"""
+    size = len(desc)
+    frontier = [(0, 0)]
+    seen = {(0, 0)}
+    while frontier:
+        row, column = frontier.pop()
+        if desc[row][column] == "G":
+            return True
+        for down, right in MOVES:
+            place = (row + down, column + right)
+            inside = 0 <= place[0] < size and 0 <= place[1] < size
+            if inside and place not in seen and desc[place[0]][place[1]] != "H":
+                seen.add(place)
+                frontier.append(place)
+    return False
+
+
+def random_map(size, p, rng):
+    """A solvable size x size map; every tile but the corners is frozen with probability p.
+
+    rng: a numpy Generator. Raises ValueError where no such map can be drawn: Gymnasium's generator
+    would search for ever.
+    """
+    if size < 2 or not 0 < p <= 1:
+        raise ValueError(f"a random map needs size >= 2 and 0 < p <= 1, not size {size} and p {p}")
+    for _ in range(100_000):
+        tiles = np.where(rng.random((size, size)) < p, "F", "H")
+        tiles[0, 0] = "S"
+        tiles[-1, -1] = "G"
+        desc = ["".join(row) for row in tiles]
+        if solvable(desc):
+            return desc
+    raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
+
+
+def is_held_out(desc):
+    """Is this map reserved for evaluation? An eighth of all maps is, by a hash.
+
+    Another seed would not do: only 3,828 maps of 4x4 are solvable, and the likely ones repeat.
+    """
+    return hashlib.sha256("\n".join(desc).encode()).digest()[0] % 8 == 0
+
+
+def draw_map(scenario, rng, held_out=False):
+    """A random map of the scenario, from the training maps or from the held-out ones."""
+    while True:
+        desc = random_map(scenario.size, scenario.p, rng)
+        if is_held_out(desc) == held_out:
+            return desc
+
+
+@functools.cache
+def held_out_maps(scenario):
+    """Every held-out map of a 4x4 scenario, and each one's share of the generator's probability."""
+    maps = []
+    for inner in itertools.product("FH", repeat=14):
+        tiles = "S" + "".join(inner) + "G"
+        desc = [tiles[i : i + 4] for i in range(0, 16, 4)]
+        if is_held_out(desc) and solvable(desc):
+            maps.append(desc)
+    holes = np.array(["".join(desc).count("H") for desc in maps])
+    weights = scenario.p ** (14 - holes) * (1 - scenario.p) ** holes
+    return maps, weights / weights.sum()
+
+
+def baselines(lake):
+    """Probability of the goal within max_steps of players who do not learn: {player: probability}.
+
+    random   any move, uniformly
+    reflex1  down where the cell below can be walked on, else right
+    reflex2  the same, where one can walk on from there by one more move down or right
+    optimal  the best there is
+
+    By value iteration: V(s) <- sum_a pi(a|s) sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
+    """
+    states = len(lake.tiles)
+    kernel = np.zeros((4, states, states))  # (action, state, next state)
+    for action, state in np.ndindex(4, states):
+        for probability, target, _, _ in lake.transitions(state, action):
+            kernel[action, state, target] += probability
+    goal = np.array([tile == "G" for tile in lake.tiles], float)
+    alive = np.array([tile in "SF" for tile in lake.tiles], float)
+    every = np.arange(states)
+    moves = {sight: reflex(lake, sight) for sight in (1, 2)}
+    values = {player: np.zeros(states) for player in ("random", "reflex1", "reflex2", "optimal")}
+    for _ in range(lake.max_steps):
+        of_actions = {
+            name: kernel @ (goal + alive * of_states) for name, of_states in values.items()
+        }
+        values["random"] = of_actions["random"].mean(0)
+        values["reflex1"] = of_actions["reflex1"][moves[1], every]
+        values["reflex2"] = of_actions["reflex2"][moves[2], every]
+        values["optimal"] = of_actions["optimal"].max(0)
+    start = lake.tiles.index("S")
+    return {name: float(of_states[start]) for name, of_states in values.items()}
+
+
+def reflex(lake, sight):
+    """The action of each state: down where `sight` cells from there can be walked, else right."""
+    actions = []
+    for state in range(len(lake.tiles)):
+        row, column = divmod(state, lake.columns)
+        goes_down = walkable(lake, row + 1, column, sight)
+        actions.append(ACTIONS.index("down" if goes_down else "right"))
+    return actions
+
+
+def walkable(lake, row, column, sight):
+    """Can one walk on this cell, and on from it, down or right, over `sight` cells in all?"""
+    if row == lake.rows or column == lake.columns:
+        return False
+    tile = lake.tiles[row * lake.columns + column]
+    if tile == "H" or tile == "G" or sight == 1:
+        return tile != "H"
+    below = walkable(lake, row + 1, column, sight - 1)
+    return below or walkable(lake, row, column + 1, sight - 1)

@@ -1,21 +1,25 @@
-"""One decoder-only transformer for Llama, Qwen2 and Qwen3 weights, and for the tiny model born here.
+"""One decoder-only transformer for Llama, Qwen2 and Qwen3 weights, and for the tiny model.
 
-Reading order: `Transformer` (tokens -> logits), `LanguageAgent` (text -> tokens that are sampled, then
-scored), and, below a line, the file formats: tokenizer, config.json, safetensors, load and save.
-Modules bear the names of Hugging Face's state dicts, so that weights load by a strict match of names.
+Reading order: `Transformer` (tokens -> logits), `LanguageAgent` (text -> tokens that are sampled,
+then scored), and, below a line, the file formats: tokenizer, config.json, safetensors, load and
+save. Modules bear the names of Hugging Face's state dicts, so that weights load by a strict match
+of names.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
+import time
 import unicodedata
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 import tiktoken
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -64,7 +68,7 @@ def rotary(config, positions, dtype):
 
 
 def scale_frequencies(frequencies, scaling):
-    """Llama 3's scaling: long waves are stretched by `factor`, short ones kept, those between mixed."""
+    """Llama 3's scaling: long waves are stretched by `factor`, short ones kept, others mixed."""
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
@@ -73,7 +77,7 @@ def scale_frequencies(frequencies, scaling):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions in the split-halves form of these weights: x (batch, heads, time, head_dim)."""
+    """Rotary positions in these weights' split-halves form: x (batch, heads, time, head_dim)."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
@@ -92,10 +96,11 @@ def attention_mask(config, positions, slots, dtype):
 
 
 def attention(q, k, v, mask):
-    """Grouped-query attention: the heads of a group have queries of their own, and share keys and values.
+    """Grouped-query attention: the heads of a group share keys and values.
 
-    q (batch, heads, time, head_dim), k and v (batch, groups, slots, head_dim) -> (batch, time, width).
-    A group's heads are laid behind each other in time, as if they were one head with more queries.
+    q (batch, heads, time, head_dim), k and v (batch, groups, slots, head_dim) -> (batch, time,
+    width). A group's heads are laid behind each other in time, as if they were one head with more
+    queries.
     """
     batch, heads, time, head_dim = q.shape
     groups = k.shape[1]
@@ -238,10 +243,10 @@ class Transformer(nn.Module):
         return (self.head(x)[:, :size].float() / temperature).log_softmax(-1)
 
     def token_logprobs(self, x, targets, size, temperature):
-        """Log-probabilities of targets (tokens,) after hidden states x (tokens, width), and entropies.
+        """Log-probabilities of targets (tokens,) after x (tokens, width), and entropies.
 
-        Exact, in slices of tokens. A table over the vocabulary takes more memory than the rest of an
-        update: so there is one slice's at a time, computed again in the backward pass.
+        Exact, in slices of tokens. A table over the vocabulary takes more memory than the rest of
+        an update: so there is one slice's at a time, computed again in the backward pass.
         """
 
         def one_slice(x, targets):
@@ -275,7 +280,7 @@ class Prefix:
         return len(self) + time
 
     def extend(self, layer, k, v):
-        """The rows' own k and v (batch, groups, time, head_dim), behind those of the instructions."""
+        """The rows' own k, v (batch, groups, time, head_dim), behind those of the instructions."""
         prefix_k, prefix_v = self.keys_values[layer]
         batch = k.shape[0]
         k = torch.cat([prefix_k.expand(batch, -1, -1, -1), k], 2)
@@ -284,46 +289,47 @@ class Prefix:
 
 
 class Cache:
-    """Keys and values of a batch of rows while their answers are sampled.
+    """Keys and values of a batch of answers while they are sampled.
 
     A token's slot is its position. All slots are there from the start: no shape changes from token
     to token, so a step can be captured as one graph.
     """
 
-    def __init__(self, prefix, prompts, lengths, new_tokens):
-        """prompts: one (keys, values) per layer, each (rows, groups, width, head_dim), padded on the right.
+    def __init__(self, prefix, prompts, lengths, rows, new_tokens):
+        """prompts: one (keys, values) per layer, each (prompts, groups, width, head_dim).
 
-        lengths (rows,): tokens of each prompt. A row's answer begins behind its last one: it
-        overwrites the padding before anything has seen it.
+        lengths (prompts,): their tokens, behind which they are padded. rows (answers,): the prompt
+        that each answer continues. It begins behind the prompt's last token, and overwrites the
+        padding before anything has seen it.
         """
         self.size = len(prefix) + prompts[0][0].shape[2] + new_tokens
-        self.positions = len(prefix) + lengths - 1  # (rows,) of the last token so far
-        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.positions = len(prefix) + lengths[rows] - 1  # (answers,) of the last token so far
+        self.rows = torch.arange(len(rows), device=rows.device)
         self.keys_values = [
-            (self.allocate(prefix_k, k), self.allocate(prefix_v, v))
+            (self.allocate(prefix_k, k, rows), self.allocate(prefix_v, v, rows))
             for (prefix_k, prefix_v), (k, v) in zip(prefix.keys_values, prompts)
         ]
 
-    def allocate(self, of_prefix, of_prompts):
-        rows, groups, width, head_dim = of_prompts.shape
+    def allocate(self, of_prefix, of_prompts, rows):
+        _, groups, width, head_dim = of_prompts.shape
         start = of_prefix.shape[2]
-        slots = of_prompts.new_zeros(rows, groups, self.size, head_dim)
+        slots = of_prompts.new_zeros(len(rows), groups, self.size, head_dim)
         slots[:, :, :start] = of_prefix
-        slots[:, :, start : start + width] = of_prompts
+        slots[:, :, start : start + width] = of_prompts[rows]
         return slots
 
     def slots(self, time):
         return self.size
 
     def extend(self, layer, k, v):
-        """Write the new token's k and v (rows, groups, 1, head_dim); returns those of all slots."""
+        """Write a new token's k and v (answers, groups, 1, head_dim); returns all slots'."""
         all_k, all_v = self.keys_values[layer]
         all_k[self.rows, :, self.positions] = k[:, :, 0]
         all_v[self.rows, :, self.positions] = v[:, :, 0]
         return all_k, all_v
 
     def take(self, rows):
-        """Keep these rows, in this order."""
+        """Keep these answers, in this order."""
         self.keys_values = [(k[rows], v[rows]) for k, v in self.keys_values]
         self.positions = self.positions[rows]
         self.rows = self.rows[: len(self.positions)]
@@ -348,11 +354,11 @@ def pad(rows, value):
 
 
 class LanguageAgent:
-    """A language-agent policy (msgrpo.Policy): a transformer that reads the instructions before every state.
+    """A language-agent policy (msgrpo.Policy): a transformer that reads instructions and a state.
 
-    The instructions are the same in every prompt: they are run once, and all rows see their keys and
-    values. Equal prompts, and when scoring equal answers to them, are run once too. All of this is
-    exact, gradients included.
+    The instructions are the same in every prompt: they are run once, and all rows see their keys
+    and values. Equal prompts, and when scoring equal answers to them, are run once too. All of this
+    is exact, gradients included.
     """
 
     def __init__(
@@ -371,7 +377,7 @@ class LanguageAgent:
 
     @torch.no_grad()
     def refresh(self):
-        """Call it when the weights have changed: what was computed with the old ones is forgotten."""
+        """The weights have changed: forget what was computed with the old ones."""
         self.prefix = self.read_instructions()
         self.greedy_answers = {}
 
@@ -381,7 +387,7 @@ class LanguageAgent:
         return Prefix(keys_values)
 
     def read_rows(self, rows, prefix):
-        """Run rows of tokens behind the instructions: hidden states (rows, longest, width), keys, values."""
+        """Run rows of tokens behind the instructions: hidden states, keys and values."""
         ids = torch.tensor(pad(rows, 0), device=self.device)
         positions = len(prefix) + torch.arange(ids.shape[1], device=self.device)
         return self.model.hidden(ids, positions[None], prefix)
@@ -404,10 +410,16 @@ class LanguageAgent:
     def generate(self, observations, uniforms):
         """An answer to each observation; uniforms (observations, max_new_tokens), None: greedy."""
         prompts = [self.encode(state) for state in observations]
-        table, cache = self.read_prompts(prompts)
+        distinct = list(dict.fromkeys(prompts))
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
+        table, keys_values, lengths = self.read_prompts(distinct)
+        table = table[rows]  # from here on a row for each answer
+
         tokens = torch.full((len(prompts), self.max_new_tokens), -1, device=self.device)
         logprobs = torch.zeros(len(prompts), self.max_new_tokens, device=self.device)
-        alive = torch.arange(len(prompts), device=self.device)  # rows whose answers go on
+        alive = torch.arange(len(prompts), device=self.device)  # answers that go on
+        cache = None
         for t in range(self.max_new_tokens):
             if uniforms is None:
                 token = table.argmax(-1)
@@ -419,26 +431,22 @@ class LanguageAgent:
             alive = alive[going]
             if t + 1 == self.max_new_tokens or len(alive) == 0:
                 break
-            if len(alive) < len(token):
-                token = token[going]
+            if cache is None:
+                cache = Cache(self.prefix, keys_values, lengths, rows[going], self.max_new_tokens)
+            elif len(alive) < len(token):
                 cache.take(going)
-            table = self.table(self.read_token(token, cache))
+            table = self.table(self.read_token(token[going], cache))
         return self.answers(prompts, tokens.tolist(), logprobs.tolist())
 
     def read_prompts(self, prompts):
-        """Run the prompts: the table of each one's first new token, and a cache to go on from."""
-        distinct = list(dict.fromkeys(prompts))
-        x, keys_values = self.read_rows(distinct, self.prefix)
-        lengths = torch.tensor([len(prompt) for prompt in distinct], device=self.device)
-        last = x[torch.arange(len(distinct), device=self.device), lengths - 1]
-        row_of = {prompt: row for row, prompt in enumerate(distinct)}
-        rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
-        expanded = [(k[rows], v[rows]) for k, v in keys_values]  # a row for each observation
-        cache = Cache(self.prefix, expanded, lengths[rows], self.max_new_tokens)
-        return self.table(last)[rows], cache
+        """Run prompts: the table of each one's first new token, keys and values, lengths."""
+        x, keys_values = self.read_rows(prompts, self.prefix)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        last = x[torch.arange(len(prompts), device=self.device), lengths - 1]
+        return self.table(last), keys_values, lengths
 
     def read_token(self, token, cache):
-        """Run the next token (rows,) of each row: hidden states (rows, width)."""
+        """Run the next token (answers,) of each answer: hidden states (answers, width)."""
         cache.positions += 1
         x, _ = self.model.hidden(token[:, None], cache.positions[:, None], cache)
         return x[:, 0]
@@ -456,7 +464,7 @@ class LanguageAgent:
     def score(self, answers):
         """As msgrpo.Policy says: the numbers that `act` gave, with gradient."""
         pairs = list(dict.fromkeys((answer.prompt, answer.response) for answer in answers))
-        # The last token of an answer is predicted, not read; a token is predicted one place earlier.
+        # The last token of an answer is not read. A token is predicted one place before its own.
         inputs = [prompt + response[:-1] for prompt, response in pairs]
         targets = [(-1,) * (len(prompt) - 1) + response for prompt, response in pairs]
         targets = torch.tensor(pad(targets, -1), device=self.device)  # (rows, longest)
@@ -475,7 +483,160 @@ def pick(parts, order):
     return torch.cat([parts[i] for i in order])
 
 
-# Below: file formats.
+# Below: file formats
+#
+# Files come from strangers. What is malformed or not supported raises ValueError with the file and
+# the reason, and no memory is allocated that the size of a file does not justify.
+
+
+def ensure(good, reason):
+    if not good:
+        raise ValueError(reason)
+
+
+def out_of_memory(error):
+    """Whether this exception is a want of memory. On a CPU, torch raises a bare RuntimeError."""
+    if type(error) is RuntimeError:
+        return "can't allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+@contextlib.contextmanager
+def blaming(path):
+    """What the contents of the file at path do wrong inside is raised as a ValueError that names
+    it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:500]
+        if type(error) is not ValueError:
+            reason = f"malformed or not supported, {type(error).__name__}: {reason}"
+        raise ValueError(f"{path}: {reason}") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file that takes path's place once it is complete and on the disk. An error leaves path as
+    it was; where the disk is full or the like, it is an OSError that names a file."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except Exception as error:
+        # torch.save hides a full disk behind a RuntimeError of its own.
+        cause = error
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, cause.filename or str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+LFS_POINTER = "a git-lfs pointer stands in the file's place: run `git lfs pull` in its folder"
+
+
+def parse_json(data):
+    """The object in a JSON file's bytes. Call it inside `blaming`."""
+    ensure(not data.startswith(b"version https://git-lfs"), LFS_POINTER)
+    found = json.loads(data.decode())
+    ensure(isinstance(found, dict), "it holds no JSON object")
+    return found
+
+
+# config.json
+
+SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim""".split()
+NUMBERS = ["rms_norm_eps", "rope_theta"]
+FLAGS = ["tie_word_embeddings", "attention_bias", "mlp_bias"]
+LLAMA3_ROPE = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+SUPPORTED = {  # where a key is given, its value must be one of these
+    "model_type": ("llama", "qwen2", "qwen3"),
+    "hidden_act": ("silu",),
+    "rope_type": ("default", "llama3"),
+    "type": ("default", "llama3"),  # the older name of rope_type
+    "partial_rotary_factor": (1,),
+    "use_sliding_window": (False,),
+    "quantization_config": (),
+    "full_attention": (),  # rope_parameters that differ from layer to layer
+}
+
+
+def config_keys(data):
+    """{key: value} of a config.json, in one dialect, with transformers' defaults.
+
+    transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood at the
+    top. A key with null is as good as absent.
+    """
+    raw = parse_json(data)
+    if raw.get("model_type") == "qwen3":
+        raw.setdefault("head_dim", 128)
+    for rope in ("rope_parameters", "rope_scaling"):
+        raw.update(raw.get(rope) or {})
+    raw = {key: value for key, value in raw.items() if value is not None}
+    heads = raw["num_attention_heads"]
+    raw.setdefault("num_key_value_heads", heads)
+    raw.setdefault("head_dim", raw["hidden_size"] // heads)
+    if raw["model_type"] == "qwen2":
+        raw["attention_bias"] = False  # its q, k and v have biases whatever the key says
+    return raw
+
+
+def check_config(raw):
+    """Refuses what the Transformer does not do, naming the key and its value."""
+    for key, values in SUPPORTED.items():
+        good = key not in raw or raw[key] in values
+        ensure(good, f"{key} {raw.get(key)!r:.99} is not supported (of this key: {values})")
+    kinds = set(raw.get("layer_types", []))
+    ensure(kinds <= {"full_attention"}, f"layer_types {kinds!r:.99} are not supported")
+    for key in SIZES + NUMBERS + LLAMA3_ROPE:
+        value = raw.get(key, 1)
+        kinds = (int,) if key in SIZES else (int, float)  # to isinstance, True is an int
+        good = type(value) in kinds and 0 < value < 1e15
+        ensure(good, f"{key} is {value!r:.99}, not a positive number that fits")
+    for key in FLAGS:
+        value = raw.get(key, False)
+        ensure(type(value) is bool, f"{key} is {value!r:.99}, not true or false")
+    ensure(raw["num_hidden_layers"] <= 1000, "num_hidden_layers is above 1000")
+    rest = raw["num_attention_heads"] % raw["num_key_value_heads"]
+    ensure(rest == 0, "num_key_value_heads does not divide num_attention_heads")
+    ensure(raw["head_dim"] % 2 == 0, "head_dim is odd: it cannot be rotated in halves")
+
+
+def parse_config(data):
+    """Config of config.json's bytes. Call it inside `blaming`."""
+    raw = config_keys(data)
+    check_config(raw)
+    scaling = None
+    if "llama3" in (raw.get("rope_type"), raw.get("type")):
+        scaling = {"rope_type": "llama3"} | {key: raw[key] for key in LLAMA3_ROPE}
+        rising = raw["low_freq_factor"] < raw["high_freq_factor"]
+        ensure(rising, "high_freq_factor is not above low_freq_factor")
+    given = {key: raw[key] for key in SIZES + NUMBERS + FLAGS if key in raw}
+    return Config(raw["model_type"], rope_scaling=scaling, **given)
+
+
+def end_token_ids(data):
+    """The ids in a config.json's or generation_config.json's eos_token_id: one, a list or none."""
+    found = parse_json(data).get("eos_token_id")
+    if found is None:
+        return []
+    ids = found if isinstance(found, list) else [found]
+    ensure(all(type(i) is int for i in ids), f"eos_token_id is {found!r:.99}")
+    return ids
+
+
+# Weights: safetensors
+#
+# The format: 8 little-endian bytes with the header's length; the header, JSON of
+# {name: {dtype, shape, data_offsets: [begin, end]}}; the data, tensor after tensor without gaps.
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -489,419 +650,636 @@ DTYPES = {
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
-SUPPORTED = {
-    "model_type": ("llama", "qwen2", "qwen3"),
-    "hidden_act": ("silu",),
-    "full_attention": (),
-    "rope_type": ("default", "llama3"),
-    "type": ("default", "llama3"),
-    "partial_rotary_factor": (1,),
-    "use_sliding_window": (False,),
-    "quantization_config": (),
-}  # as far as given; (): refused
-FIELDS = dict.fromkeys(
-    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim""".split(),
-    int,
-) | {
-    "rms_norm_eps": float,
-    "rope_theta": float,
-    "tie_word_embeddings": bool,
-    "mlp_bias": bool,
-    "attention_bias": bool,
-}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 
-def numbered(items):
-    """{item: its number}, each of them once, in order."""
-    return {item: i for i, item in enumerate(dict.fromkeys(items))}
+def read_header(file, size):
+    """{name: entry} of a safetensors file of this size in bytes, and where its data begin."""
+    first = file.read(8)
+    ensure(first != b"version ", LFS_POINTER)
+    length = int.from_bytes(first, "little")
+    start = 8 + length
+    fits = start <= size and length <= LARGEST_HEADER
+    ensure(fits, f"a header of {length} bytes is too long for a file of {size}")
+    header = parse_json(file.read(length))
+    json.dumps(header, ensure_ascii=False).encode()  # raises on names that are no valid Unicode
+    metadata = header.pop("__metadata__", None)
+    texts = metadata is None or all(isinstance(value, str) for value in metadata.values())
+    ensure(texts, "__metadata__ does not map to strings")
+    return header, start
 
 
-def ensure(good, reason):
-    if not good:
-        raise ValueError(reason)
+def layout(header, start, size):
+    """{name: tensor} in the order of the file, on the meta device, which takes no memory. Raises
+    where their bytes leave a gap, overlap or do not end with the file, which has this size."""
+    tensors = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        what = f"tensor {name!r:.99} is {entry!r:.199}"
+        ensure(entry["dtype"] in DTYPES, f"{what}, a dtype that is not supported")
+        shape = entry["shape"]
+        offsets = entry["data_offsets"]
+        ensure(all(type(n) is int for n in shape + offsets), what)  # True is no 1
+        tensors[name] = torch.empty(shape, dtype=DTYPES[entry["dtype"]], device="meta")
+        begin = end
+        end += tensors[name].nbytes
+        ensure(offsets == [begin, end], f"{what}, its bytes are {begin} to {end}")
+    ensure(start + end == size, f"its tensors end at byte {start + end}, the file at {size}")
+    return tensors
 
 
-def out_of_memory(error):
-    """Is this exception a want of memory? Of a CPU's, torch makes a bare RuntimeError."""
-    cpu = type(error) is RuntimeError and "can't allocate memory" in str(error)
-    return cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
-
-
-@contextlib.contextmanager
-def blaming(path):
-    """Whatever the contents of the file at path do wrong inside is raised as a ValueError that names it."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, OSError) or out_of_memory(error):
-            raise
-        kind = (
-            ""
-            if type(error) is ValueError
-            else f"malformed or not supported, {type(error).__name__}: "
-        )
-        raise ValueError(f"{path}: {kind}{' '.join(str(error).split())[:500]}") from None
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file that takes path's place once it is complete and on the disk; an error leaves path as it was."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def parse_json(data):
-    """The object in a JSON file's bytes: strict UTF-8, no NaN, no key twice. Call it inside `blaming`."""
-    return {} | json.loads(
-        data.decode(),
-        parse_constant={}.__getitem__,
-        object_pairs_hook=lambda pairs: (
-            ensure(len(dict(pairs)) == len(pairs), "a JSON object has a key twice") or dict(pairs)
-        ),
-    )
-
-
-def parse_config(data):
-    """Config of config.json's bytes in either dialect, with transformers' defaults."""
-    raw = parse_json(data)
-    raw = {"head_dim": 128} | raw if raw.get("model_type") == "qwen3" else raw
-    raw |= (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
-    raw = {key: value for key, value in raw.items() if value is not None}
-    for key, values in SUPPORTED.items():  # `type` is the older name of rope_type
-        ensure(
-            key not in raw or raw[key] in values,
-            f"{key} is {raw.get(key)!r:.99}, not among {values}",
-        )
-    ensure(
-        {*raw.get("layer_types", ())} <= {"full_attention"},
-        "layer_types are not all full_attention",
-    )
-    heads, llama3 = raw["num_attention_heads"], "llama3" in (raw.get("rope_type"), raw.get("type"))
-    raw = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads} | raw
-    raw["attention_bias"] = raw["model_type"] != "qwen2" and raw.get("attention_bias", False)
-    rope_keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-    for key, kind in (FIELDS | dict.fromkeys(rope_keys, float)).items():
-        value = raw.get(key, kind(1))
-        good = type(value) in (
-            kind,
-            int if kind is float else kind,
-        )  # to isinstance, True is an int
-        ensure(
-            good and (kind is bool or 0 < value < 1e15),
-            f"{key} is {value!r:.99}, no fit {kind.__name__}",
-        )
-    fits = heads % raw["num_key_value_heads"] == raw["head_dim"] % 2 == 0
-    fits = fits and (not llama3 or raw["low_freq_factor"] < raw["high_freq_factor"])
-    ensure(
-        fits, "num_key_value_heads divides no heads, head_dim is odd or high_freq_factor is too low"
-    )
-    scaling = {"rope_type": "llama3"} | {key: raw[key] for key in rope_keys} if llama3 else None
-    return Config(
-        raw["model_type"], rope_scaling=scaling, **{key: raw[key] for key in FIELDS if key in raw}
-    )
+def read_tensor(file, meta):
+    """A tensor like this one, allocated once and read into."""
+    tensor = torch.empty_like(meta, device="cpu")
+    data = tensor.reshape(-1).view(torch.uint8).numpy()  # the same memory
+    ensure(file.readinto(data) == data.nbytes, "the file ends within a tensor")
+    if meta.dtype == torch.bool:
+        ensure(data.max(initial=0) <= 1, "a BOOL is neither 0 nor 1")
+    return tensor
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file. Raises ValueError, with file and reason, if it is malformed.
-    The format: 8 little-endian bytes N; N bytes of JSON, {name: {dtype, shape, data_offsets}}; the data.
-    All is checked before a tensor is allocated, once, and read into."""
+    """{name: tensor} of a safetensors file. Raises ValueError, with file and reason, if it is
+    malformed; all is checked before memory is allocated."""
     with blaming(path), open(path, "rb") as file:
-        size, tensors, end = Path(path).stat().st_size, {}, 0
-        start = 8 + int.from_bytes(file.read(8), "little")
-        ensure(
-            start <= min(size, 100_000_008), f"a header of {start - 8} bytes in {size} is too long"
-        )
-        header = parse_json(file.read(start - 8))
-        metadata = header.pop("__metadata__", None)
-        ensure(
-            metadata is None or {*map(type, metadata.values())} <= {str},
-            "__metadata__ maps no strings",
-        )
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            x = torch.empty([] + entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
-            tensors[name], span = x, [end, end := end + x.nbytes]
-            good = repr(entry["data_offsets"]) == repr(span)  # as text, where true is not 1
-            ensure(good, f"tensor {name!r:.99} is {entry!r:.199}, where its bytes are {span}")
-        ensure(start + end == size, f"its tensors end at byte {start + end}, the file at {size}")
-        for name, x in tensors.items():
-            tensors[name] = torch.empty_like(x, device="cpu")
-            data = tensors[name].reshape(-1).view(torch.uint8).numpy()  # the same memory
-            good = file.readinto(data) == data.nbytes and (
-                x.dtype != torch.bool or data.max(initial=0) <= 1
-            )
-            ensure(good, f"the file ends within tensor {name!r:.99}, or a BOOL is not 0 or 1")
-    return tensors
+        size = os.fstat(file.fileno()).st_size
+        header, start = read_header(file, size)
+        tensors = layout(header, start, size)
+        return {name: read_tensor(file, meta) for name, meta in tensors.items()}
 
 
 def write_safetensors(path, tensors):
     """Write {name: tensor} as a safetensors file, sorted by name, one tensor at a time."""
-    names, header, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
-    for name, x in sorted(tensors.items()):
-        ensure(x.dtype in names, f"{path} cannot hold {name!r} of {x.dtype}")
-        span = [end, end := end + x.nbytes]
-        header[name] = {"dtype": names[x.dtype], "shape": [*x.shape], "data_offsets": span}
-    text = json.dumps(
-        {"__metadata__": {"format": "pt"}} | header
-    ).encode()  # transformers 4 insists on it
-    text += b" " * (-len(text) % 8)
+    header = {"__metadata__": {"format": "pt"}}  # transformers 4 insists on it
+    names = sorted(tensors)
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        kind = DTYPE_NAMES.get(tensor.dtype)
+        ensure(kind, f"{path}: safetensors cannot hold {name!r:.99} of {tensor.dtype}")
+        begin = end
+        end += tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in header:
-            file.write(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        for name in names:
+            flat = tensors[name].detach().cpu().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy())
+
+
+def read_shards(index):
+    """{name: tensor} of the files that model.safetensors.index.json names, and the names in it."""
+    tensors = {}
+    with blaming(index):
+        home = parse_json(index.read_bytes())["weight_map"]
+        for shard in sorted(set(home.values())):
+            ensure(Path(shard).name == shard, f"{shard!r:.99} is no bare file name")
+            part = read_safetensors(index.parent / shard)
+            missing = {name for name in home if home[name] == shard} - part.keys()
+            twice = tensors.keys() & part.keys()
+            ensure(not missing, f"{shard} lacks {sorted(missing)!r:.199}")
+            ensure(not twice, f"{shard} holds again {sorted(twice)!r:.199}")
+            tensors |= part
+    return tensors, set(home)
 
 
 def read_weights(directory):
-    """{name: tensor} of model.safetensors, or of all shards that model.safetensors.index.json names."""
-    path, index, tensors = (
-        directory / "model.safetensors",
-        directory / "model.safetensors.index.json",
-        {},
-    )
-    if path.exists() or not index.exists():
-        return read_safetensors(path)
-    with blaming(index):
-        home = parse_json(index.read_bytes())["weight_map"]
-        for shard in {*home.values()}:
-            ensure(Path(shard).name == shard, f"{shard!r:.99} is no bare file name")
-            tensors |= (part := read_safetensors(directory / shard))
-            ensure(
-                part.keys() == {name for name in home if home[name] == shard},
-                f"{shard} holds others",
-            )
-    return tensors
+    """{name: tensor} of model.safetensors or of its shards, and the names of those that must fit
+    the model. As with transformers, a shard may hold others, which its index does not name."""
+    whole = directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
+    if whole.exists():
+        tensors = read_safetensors(whole)
+        return tensors, set(tensors)
+    if index.exists():
+        return read_shards(index)
+    raise ValueError(f"{directory}: model.safetensors is missing, and no other weights are read")
 
 
-# How GPT-2 cuts text into pieces; the same after every digit was cut out, where white space before a digit
-# stays whole; the tiny tokenizer's way: a line of prose, whole, as attention to constants costs time; a tag;
-# a word, number or symbol with the space before it; white space.
+# Tokenizer: how text is cut into pieces, within which bytes are merged
+
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same after every digit was cut out (SmolLM2): white space before a digit stays whole.
 DIGIT_PIECES = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+QWEN_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The tiny tokenizer's: a line of prose, whole, as attention to constants costs time; a tag; the
+# first cell of a line, but not behind a blank line, where a prompt falls into instructions and
+# state; a word, number or symbol with the space before it; white space.
 TINY_PIECES = (
-    r"[A-Z][a-z][^\n]*|</?[a-z]+>|\n[A-Z_](?= )| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
+    r"[A-Z][a-z][^\n]*|</?[a-z]+>|(?<!\n)\n[A-Z_](?= )| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
 )
-# Chat templates around the user's text; the first whose control tokens are all in the vocabulary is taken.
-CHATS = [
-    ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
-    (
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    ),
-    ("", "\n"),
-]
-# tokenizer.json spells bytes as printable characters: these as themselves, the others from U+0100 on (GPT-2).
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": False,
+    "use_regex": False,
+}
+
+# tokenizer.json spells bytes as printable characters: these as themselves, the others, in turn, as
+# those from U+0100 on (GPT-2).
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-CODE_OF = dict(
-    zip([*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})], [*PRINTABLE, *range(256, 324)])
-)
-BYTE_OF = {chr(code): byte for byte, code in CODE_OF.items()}
+CHAR_OF = {byte: chr(byte) for byte in PRINTABLE}
+for other in range(256):
+    CHAR_OF.setdefault(other, chr(256 - len(PRINTABLE) + len(CHAR_OF)))
+BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
+
+
+def token_bytes(name):
+    """Bytes of a token that tokenizer.json spells so. Another way of spelling is taken as UTF-8."""
+    if all(char in BYTE_OF for char in name):
+        return bytes(BYTE_OF[char] for char in name)
+    return name.encode()
+
+
+def split_by(regex):
+    """A pre-tokenizer of tokenizer.json that cuts by a regular expression."""
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
 
 
 def split_pattern(pre_tokenizer):
-    """The regular expression of the pieces into which a tokenizer.json's pre_tokenizer cuts text."""
+    """The regular expression of the pieces into which tokenizer.json's pre_tokenizer cuts text."""
     *first, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     plain = last["type"] == "ByteLevel" and last["add_prefix_space"] is False
     match plain, last.get("use_regex", True), first:
-        case True, True, [] | [{"type": "Digits", "individual_digits": True}]:
-            return DIGIT_PIECES if first else GPT2_PIECES
+        case True, True, []:
+            return GPT2_PIECES
+        case True, True, [{"type": "Digits", "individual_digits": True}]:
+            return DIGIT_PIECES
         case True, False, [
             {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}
         ]:
-            return regex
+            # What it does not match is a piece as well; tiktoken would lose it.
+            return rf"{regex}|(?:(?!{regex})[\s\S])+"
     raise ValueError(f"pre_tokenizer {pre_tokenizer!r:.299} is not supported")
 
 
-class Tokenizer:
-    """Text <-> token ids, of tokenizer.json's bytes, and the chat around a prompt. Make it inside `blaming`.
-    A policy samples ids below `size`; `end_ids` end an answer; `special` are the control tokens, {name: id},
-    which no text becomes."""
+def normal_form(normalizer):
+    """What is done to text first: "NFC", or None for nothing."""
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    for step in steps:
+        ensure(step["type"] == "NFC", f"normalizer {step!r:.199} is not supported")
+    return "NFC" if steps else None
 
-    def __init__(self, data, end_ids=(), model_type="llama"):
-        self.json, raw = data, parse_json(data)
-        bpe, vocab, self.normalizer = raw["model"], raw["model"]["vocab"], raw["normalizer"]
-        made = [
-            vocab["".join(merge).replace(" ", "")] for merge in bpe["merges"]
-        ]  # first by id in tiktoken
-        good = (
-            bpe["type"] == "BPE"
-            and made == sorted(made)
-            and self.normalizer in (None, {"type": "NFC"})
-        )
-        ensure(
-            good, "not a BPE whose merges are in the order of the ids, after no normalizer or NFC"
-        )
-        self.special = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        ranks = {
-            bytes(map(BYTE_OF.get, name)): i
-            for name, i in vocab.items()
-            if name not in self.special
-        }
-        names = ranks | {name.encode(): i for name, i in self.special.items()}
-        self.bytes_of = {i: name for name, i in names.items()}
-        good = all(type(i) is int and 0 <= i < 1 << 24 for i in self.bytes_of) and b"" not in names
-        ensure(
-            good and len(self.bytes_of) == len(names), "a token is without text or an id of its own"
-        )
-        self.size = max(self.bytes_of) + 1
-        # Bytes that the vocabulary lacks: transformers drops them, tiktoken panics. They get ids above size;
-        # runs of symbols are rid of them before, as transformers merges what is left of a run.
-        lacking = {bytes([byte]) for byte in range(256)} - ranks.keys()
-        ranks |= {byte: self.size + byte[0] for byte in lacking}
-        lost = "".join(f"\\x{byte[0]:02x}" for byte in lacking if byte.isascii()) or "^\\S\\s"
-        self.lost = re.compile(
-            rf"(?:(?<=[^\w\s])|(?<=[_\x1c-\x1f ]))[{lost}]+(?=[^\w\s]|[_\x1c-\x1f])"
-        )
+
+SENTENCEPIECE = (
+    "a sentencepiece tokenizer (Llama 2, TinyLlama, Mistral) is not supported; take a model of "
+    "Llama 3, Qwen2, Qwen2.5, Qwen3, SmolLM2 or R1-Distill"
+)
+
+
+def check_bpe(bpe):
+    """Refuses what is not GPT-2's byte-level BPE."""
+    kind = bpe.get("type", "BPE")
+    pieces = kind == "Unigram" or bpe.get("byte_fallback") or "\u2581" in bpe["vocab"]
+    ensure(not pieces, SENTENCEPIECE)
+    affixes = bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix")
+    ensure(kind == "BPE" and not affixes, f"a tokenizer of type {kind!r:.99} is not supported")
+
+
+def mergeable_tokens(bpe, rows):
+    """{bytes: id} in the order in which a tokenizer.json's merges make them, the single bytes
+    first.
+
+    The id of a byte that the vocabulary lacks is None. A token that no merge makes is left out, and
+    its text stays in parts; with ignore_merges it is made where it is a whole piece. A token whose
+    id is not below `rows` is left out as well: the model has no embedding for it.
+    """
+    vocab = bpe["vocab"]
+    tokens = {bytes([byte]): vocab.get(char) for char, byte in BYTE_OF.items()}
+    highest = max(i or 0 for i in tokens.values())
+    ensure(highest < rows, f"{rows} embeddings are too few for this tokenizer's single bytes")
+    names = []
+    for merge in bpe["merges"]:
+        pair = merge.split(" ") if isinstance(merge, str) else merge  # the former is older
+        names.append("".join(pair))
+        known = len(pair) == 2 and vocab.keys() >= {*pair, names[-1]}
+        ensure(known, f"merge {merge!r:.99} is of tokens that the vocabulary lacks")
+    if bpe.get("ignore_merges"):
+        names += vocab
+    for name in names:
+        if vocab[name] < rows:
+            tokens.setdefault(token_bytes(name), vocab[name])
+    return tokens
+
+
+def any_of(names):
+    """A regular expression for any of these names, the longest first."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return "|".join(re.escape(name) for name in longest_first) or "(?!)"  # which finds nothing
+
+
+def named_tokens(settings):
+    """{"bos_token": "<s>", ...}: the tokens to which tokenizer_config.json gives a part to play."""
+    named = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            value = value.get("content")
+        if key.endswith("_token") and isinstance(value, str):
+            named[key] = value
+    return named
+
+
+def first_tokens(post_processor):
+    """Names of the tokens, such as BOS, that tokenizer.json's post_processor puts before a text."""
+    names = []
+    for step in post_processor.get("processors", [post_processor]):
+        for part in step.get("single", []):
+            if "SpecialToken" not in part:
+                break
+            names.append(part["SpecialToken"]["id"])
+    return names
+
+
+# Chats: a model's own template is what it was tuned on and will be served with.
+
+# Two code points that are no characters, by Unicode's promise:
+QUOTE = "\ufdd0"  # breaks what spells a control token in a user's text
+CUT = "\ufdd1"  # stands where a prompt is cut into instructions and state
+STATES = ("P _", "_ P", "O P", "G P", "(1, 1)")  # how the game's states begin
+
+
+def raise_exception(message):
+    raise ValueError(message)
+
+
+def compile_template(text):
+    """A chat template, ready to render, with what transformers offers to one. A stranger wrote it:
+    jinja2's sandbox keeps it from files and from Python, though not from taking its time."""
+    # {% generation %} to {% endgeneration %} mark what is trained, and mean nothing to a prompt.
+    text = re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", text)
+    chat = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    chat.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
+    chat.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+    return chat.from_string(text)
+
+
+class Tokenizer:
+    """Text <-> token ids, and the prompt around a user's text.
+
+    size      a policy samples ids below it; never more than `rows`, the number of embeddings
+    end_ids   they end an answer
+    special   control tokens, {name: id}: tokens in a template, letters in the game's text
+
+    data is tokenizer.json's content, named the {"bos_token": "<s>", ...} of tokenizer_config.json.
+    Make it inside `blaming`.
+    """
+
+    def __init__(self, data, named=None, end_ids=(), rows=1 << 31):
+        self.json = data
+        raw = parse_json(data)
+        bpe = raw["model"]
+        check_bpe(bpe)
+        self.form = normal_form(raw.get("normalizer"))
+        tokens = mergeable_tokens(bpe, rows)
+        self.id_of_rank = list(tokens.values())
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        pieces = split_pattern(raw["pre_tokenizer"])
         self.encoding = tiktoken.Encoding(
-            "",
-            pat_str=split_pattern(raw["pre_tokenizer"]),
-            mergeable_ranks=ranks,
-            special_tokens=self.special,
+            "", pat_str=pieces, mergeable_ranks=ranks, special_tokens={}
         )
-        before, after = next(
-            chat for chat in CHATS if {*re.findall("<.*?>", str(chat))} <= {*self.special}
-        )
-        thought = (
-            "<think>\n\n</think>\n\n" if model_type == "qwen3" and "<think>" in self.special else ""
-        )
-        template = partial(self.encoding.encode, allowed_special="all")
-        self.before, *self.after = map(template, (before, after + thought, after))
-        self.end_ids = frozenset({*end_ids} | ({self.after[1][0]} & {*self.special.values()}))
+        ids = self.add_tokens(bpe["vocab"], raw.get("added_tokens") or [], rows)
+
+        self.template = None  # until `use_template`
+        self.first_ids = [ids[name] for name in first_tokens(raw.get("post_processor") or {})]
+        self.named = named or {}
+        eos = ids.get(self.named.get("eos_token"))
+        self.end_ids = frozenset({*end_ids, eos} - {None})
+
+    def add_tokens(self, vocab, added, rows):
+        """Takes in the vocabulary, and the added tokens, which are found in text before it is cut
+        into pieces. Those of them without an embedding stay text. Returns {name: id} of all."""
+        for token in added:
+            strips = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
+            ensure(token["content"] and not strips, f"added token {token!r:.150} is not supported")
+        names = {token["content"]: token["id"] for token in added}
+        ids = {**vocab, **names}
+        self.bytes_of = {i: token_bytes(name) for name, i in ids.items()}
+        good = all(type(i) is int and i >= 0 for i in self.bytes_of)
+        ensure(good and len(self.bytes_of) == len(ids), "a token has no id of its own")
+        self.size = min(rows, 1 + max(self.bytes_of))
+
+        usable = [token for token in added if token["id"] < rows]
+        self.added = {token["content"]: token["id"] for token in usable}
+        control = [token for token in usable if token.get("special")]
+        self.special = {token["content"]: token["id"] for token in control}
+        self.find_added = re.compile(any_of(self.added))
+        self.begin_of_special = re.compile(f"(?={any_of(self.special)}).", re.DOTALL)
+        return ids
+
+    def use_template(self, text):
+        """From now on prompts are chats by this jinja2 template. Call it inside `blaming`."""
+        self.template = compile_template(text)
+        self.first_ids = []  # the template writes them itself
+        self.prefix("Go.")  # raises where the template is of no use
+        answer = {"role": "assistant", "content": CUT}
+        chat = self.render([{"role": "user", "content": "Go."}, answer])
+        after = self.encode_chat(chat.partition(CUT)[2])
+        self.end_ids |= {*after[:1]} & {*self.special.values()}  # what ends the assistant's turn
+
+    def render(self, messages, think=False, add_generation_prompt=False):
+        """Text of a chat as the template has it, with the same variables as transformers'."""
+        with blaming("chat template"):
+            return self.template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=think,
+                **self.named,
+            )
+
+    def quote(self, text):
+        """Text in which control tokens are broken, so that `encode_chat` takes them as text."""
+        return self.begin_of_special.sub(rf"\g<0>{QUOTE}", text)
+
+    def cut(self, chat):
+        """Both sides of the cut in a rendered chat."""
+        parts = chat.split(CUT)
+        ensure(len(parts) == 2, "the chat template does not give the user's text once")
+        return parts
+
+    def encode_pieces(self, text):
+        """Ids of text without added tokens. Bytes that the vocabulary lacks are dropped."""
+        text = text.replace(QUOTE, "")
+        if self.form:
+            text = unicodedata.normalize(self.form, text)
+        ids = [self.id_of_rank[rank] for rank in self.encoding.encode_ordinary(text)]
+        return [i for i in ids if i is not None]
+
+    def encode_chat(self, text):
+        """Ids of a chat: what names an added token is that token."""
+        ids = []
+        end = 0
+        for match in self.find_added.finditer(text):
+            ids += self.encode_pieces(text[end : match.start()])
+            ids.append(self.added[match[0]])
+            end = match.end()
+        return ids + self.encode_pieces(text[end:])
 
     def encode(self, text):
-        """Token ids of text; what spells a control token is text like any other."""
-        text = self.lost.sub("", unicodedata.normalize("NFC", text) if self.normalizer else text)
-        return [i for i in self.encoding.encode_ordinary(text) if i < self.size]
+        """Ids of text; what spells a control token is text like any other."""
+        return self.encode_chat(self.quote(text))
 
     def decode(self, ids):
-        """Text of token ids, control tokens by name; ids of no token are left out, broken UTF-8 is U+FFFD."""
+        """Text of ids. Ids of no token are left out, and broken UTF-8 becomes U+FFFD."""
         return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", "replace")
 
-    def prefix(self, instructions):
-        """Tokens of a prompt up to its state; the x, dropped again, lets them end as before a state."""
-        return self.before + self.encode(instructions + "\n\nx")[:-1]
+    def chat(self, text, think):
+        """A prompt as text. Without a template it is the user's text and a newline (ours)."""
+        text = self.quote(text)
+        if self.template is None:
+            return text + "\n"
+        messages = [{"role": "user", "content": text}]
+        return self.render(messages, think, add_generation_prompt=True)
+
+    def prompt(self, text, think=False):
+        """Ids of the whole prompt around a user's text. think is the template's enable_thinking."""
+        return self.first_ids + self.encode_chat(self.chat(text, think))
+
+    def prefix(self, instructions, think=False):
+        """Ids of a prompt up to its state: prefix(instructions) + suffix(state) are the ids of
+        prompt(instructions + "\\n\\n" + state). Raises ValueError where a template spoils that."""
+        before, _ = self.cut(self.chat(instructions + "\n\n" + CUT, think))
+        before += "x"  # lets the blank line end as before a state
+        ids = self.first_ids + self.encode_chat(before)[:-1]
+        for state in STATES:
+            whole = self.prompt(instructions + "\n\n" + state, think)
+            good = ids + self.suffix(state, think) == whole or self.template is None
+            ensure(good, "the chat template's prompt does not fall into instructions and state")
+        return ids
 
     def suffix(self, state, think=False):
-        """Tokens of a prompt from its state on; without think, Qwen3 expects an empty thought."""
-        return self.encode(state) + self.after[think]
+        """Ids of a prompt from its state on."""
+        _, after = self.cut(self.chat(CUT + state, think))
+        return self.encode_chat(after)
+
+    def describe_prompt(self):
+        """One line that says what stands around a user's text."""
+        if self.template is not None:
+            return "prompts follow the model's own chat template"
+        first = self.decode(self.first_ids) or "no BOS"
+        return f"the model has no chat template: a prompt is {first}, plain text and a newline"
+
+
+def tokenizer_json(vocab, merges, added, pre_tokenizer, normalizer=None, whole_pieces=False):
+    """The bytes of a tokenizer.json, which the tokenizers library reads as well."""
+    model = {"type": "BPE", "ignore_merges": whole_pieces, "vocab": vocab, "merges": merges}
+    raw = {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": BYTE_LEVEL,
+        "model": model,
+    }
+    return json.dumps(raw).encode()
 
 
 def tiny_tokenizer(texts, end):
-    """A Tokenizer of the 256 bytes and of the pieces of some texts, of which `end` ends an answer."""
-    pieces = [piece.encode() for text in texts for piece in re.findall(TINY_PIECES, text)]
-    vocab = numbered(
-        x.decode("latin-1").translate(CODE_OF) for x in [*map(bytes, zip(range(256))), *pieces]
-    )
-    pairs = [(name[:i], name[i:]) for name in vocab for i in range(1, len(name))]
-    bytes_ = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": False,
-        "use_regex": False,
-    }
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": TINY_PIECES},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    return Tokenizer(
-        json.dumps(
-            {
-                "version": "1.0",
-                "added_tokens": [],
-                "normalizer": None,
-                "decoder": bytes_,
-                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
-                "model": {
-                    "type": "BPE",
-                    "ignore_merges": True,
-                    "vocab": vocab,  # all merges that tiktoken finds:
-                    "merges": [pair for pair in pairs if vocab.keys() >= {*pair}],
-                },
-            }
-        ).encode(),
-        [vocab[end]],
-    )
+    """A Tokenizer of the 256 bytes and the pieces of some texts, of which `end` ends an answer."""
+    vocab = {CHAR_OF[byte]: byte for byte in range(256)}
+    for text in texts:
+        for piece in re.findall(TINY_PIECES, text):
+            name = "".join(CHAR_OF[byte] for byte in piece.encode())
+            vocab.setdefault(name, len(vocab))
+    merges = []  # all that tiktoken finds
+    for name in vocab:
+        pairs = [(name[:i], name[i:]) for i in range(1, len(name))]
+        merges += [pair for pair in pairs if vocab.keys() >= set(pair)]
+    data = tokenizer_json(vocab, merges, [], split_by(TINY_PIECES), whole_pieces=True)
+    return Tokenizer(data, end_ids=[vocab[end]])
 
 
-def load_pretrained(directory, dtype=torch.float32):
-    """(Transformer in dtype, Tokenizer) of a Hugging Face directory; the second None without tokenizer.json.
-    Memory peaks at the weights' own size: each tensor is read into its place and converted by itself, and the
-    model has no memory of its own. Raises ValueError, with file and reason, on what is not supported."""
-    directory, ends, tokenizer = Path(directory), [], None
-    files = {
-        p.name: p.read_bytes()
-        for p in directory.iterdir()
-        if p.suffix in (".json", ".txt", ".jinja")
-    }
-    for name in ("generation_config.json", "config.json"):
-        with blaming(directory / name):
-            found = parse_json(files.get(name, b"{}")).get("eos_token_id")
-            ends += found if isinstance(found, list) else [] if found is None else [found]
-            ensure({*map(type, ends)} <= {int}, f"eos_token_id is {found!r:.99}")
-            config = name == "config.json" and parse_config(
-                files.get(name, b"")
-            )  # before gigabytes are read
-    tensors = read_weights(directory)
+def chat_template(files, settings):
+    """A model's chat template, or None, and the name of the file that holds it."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode(), "chat_template.jinja"
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = {one["name"]: one["template"] for one in template}["default"]
+    return template, "tokenizer_config.json"
+
+
+def older_tokenizer(files, settings, model_type):
+    """tokenizer.json's content, made of vocab.json and merges.txt, as older folders have them."""
+    vocab = parse_json(files["vocab.json"])
+    lines = files["merges.txt"].decode().split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    decoder = settings.get("added_tokens_decoder", {})
+    added = [{**token, "id": int(i)} for i, token in decoder.items()]
+    control = {"<|endoftext|>", *named_tokens(settings).values()}  # the first is the default
+    for name in control & vocab.keys():
+        added.append({"content": name, "id": vocab[name], "special": True})
+    kind = settings.get("tokenizer_class", model_type)
+    if kind.lower().startswith("qwen"):
+        return tokenizer_json(vocab, merges, added, split_by(QWEN_PIECES), {"type": "NFC"})
+    return tokenizer_json(vocab, merges, added, BYTE_LEVEL | {"use_regex": True})
+
+
+def load_tokenizer(directory, files, end_ids, config):
+    """Tokenizer of a Hugging Face directory with these files; None where there is none."""
+    with blaming(directory / "tokenizer_config.json"):
+        settings = parse_json(files.get("tokenizer_config.json", b"{}"))
+        template, holder = chat_template(files, settings)
+    data = files.get("tokenizer.json")
+    if data is None and "merges.txt" in files:
+        with blaming(directory / "merges.txt"):
+            data = older_tokenizer(files, settings, config.model_type)
+    with blaming(directory / "tokenizer.json"):
+        ensure(data or not (directory / "tokenizer.model").exists(), f"absent; {SENTENCEPIECE}")
+        if data is None:
+            return None
+        tokenizer = Tokenizer(data, named_tokens(settings), end_ids, config.vocab_size)
+    with blaming(directory / holder):
+        if template is not None:
+            tokenizer.use_template(template)
+    return tokenizer
+
+
+# A directory as Hugging Face's: config.json, model.safetensors, tokenizer.json and other small
+# files
+
+
+def missing_config(directory):
+    """Why this path is no model's folder, and what to give in its place."""
+    snapshots = sorted(path.parent for path in directory.glob("snapshots/*/config.json"))
+    if not directory.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
+        return f"only folders are read; `hf download {directory} --local-dir DIR` makes one"
+    if not directory.is_dir():
+        return "it is no folder"
+    if snapshots:
+        return f"a cache folder of the hub: give the snapshot in it, {snapshots[-1]}"
+    if (directory / "adapter_config.json").exists():
+        return "a LoRA adapter: merge it into its base (peft's merge_and_unload) and give that"
+    return "no config.json is there: give the folder with config.json and model.safetensors in it"
+
+
+def small_files(directory):
+    """{name: bytes} of what is not weights."""
+    files = {}
+    for path in directory.iterdir():
+        if path.suffix in (".json", ".txt", ".jinja") and path.stat().st_size <= LARGEST_HEADER:
+            files[path.name] = path.read_bytes()
+    return files
+
+
+def untie(config, tensors):
+    """The config, untied where these tensors hold a head that is not the embeddings, as in
+    transformers. A head that is equal goes; one without embeddings beside it is the embeddings."""
+    if not config.tie_word_embeddings or "lm_head.weight" not in tensors:
+        return config
+    head = tensors.pop("lm_head.weight")
+    embeddings = tensors.setdefault("model.embed_tokens.weight", head)
+    if head.dtype == embeddings.dtype and torch.equal(head, embeddings):
+        return config
+    tensors["lm_head.weight"] = head
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def empty_model(directory, config, tensors, named):
+    """A Transformer without memory of its own, for these tensors. Raises where they do not fit;
+    those go that neither the model nor the folder's index names."""
     with blaming(directory / "config.json"), torch.device("meta"):
-        ensure(9 * config.num_hidden_layers <= len(tensors), "num_hidden_layers exceeds the files")
         model = Transformer(config)
-    spare = (
-        "rotary_emb.inv_freq",
-        *["lm_head.weight"] * config.tie_word_embeddings,
-    )  # old buffer; a copy
-    tensors = {name: x for name, x in tensors.items() if not name.endswith(spare)}
-    has = {(name, x.shape, x.is_floating_point()) for name, x in tensors.items()}
-    wrong = has ^ {(name, weight.shape, True) for name, weight in model.state_dict().items()}
-    ensure(
-        not wrong,
-        f"{directory}: files and model differ in (name, shape, float): {sorted(wrong)!r:.199}",
-    )
-    if "tokenizer.json" in files:
-        with blaming(directory / "tokenizer.json"):
-            tokenizer = Tokenizer(files["tokenizer.json"], ends, config.model_type)
-            ensure(
-                tokenizer.size <= config.vocab_size,
-                f"{tokenizer.size} tokens exceed the vocab_size",
-            )
-    model.load_state_dict({name: tensors.pop(name).to(dtype) for name in [*tensors]}, assign=True)
+    weights = model.state_dict()
+    for name in tensors.keys() - weights.keys():
+        # The buffer is in old Llama files.
+        if name not in named or name.endswith("rotary_emb.inv_freq"):
+            del tensors[name]
+    found = {(name, tuple(x.shape), x.is_floating_point()) for name, x in tensors.items()}
+    wanted = {(name, tuple(x.shape), True) for name, x in weights.items()}
+    differ = sorted(found ^ wanted)
+    ensure(not differ, f"{directory}: (name, shape, float) of files and model: {differ!r:.199}")
+    return model
+
+
+def load_pretrained(directory, dtype=torch.float32, weights=None):
+    """(Transformer in dtype, Tokenizer or None) of a Hugging Face directory.
+
+    weights: {name: tensor}, in the place of those in the directory, which then needs none.
+    Memory peaks at the weights' own size: each tensor is read into its place and converted by
+    itself. What can be refused is refused before the weights are read. Raises ValueError with file
+    and reason.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").exists():
+        raise ValueError(f"{directory}: {missing_config(directory)}")
+    files = small_files(directory)
+    with blaming(directory / "config.json"):
+        config = parse_config(files["config.json"])
+        end_ids = end_token_ids(files["config.json"])
+    with blaming(directory / "generation_config.json"):
+        end_ids += end_token_ids(files.get("generation_config.json", b"{}"))
+    tokenizer = load_tokenizer(directory, files, end_ids, config)
+
+    if weights is None:
+        tensors, named = read_weights(directory)
+    else:
+        tensors = dict(weights)
+        named = set(weights)
+    config = untie(config, tensors)
+    model = empty_model(directory, config, tensors, named)
+    converted = {}
+    for name in list(tensors):
+        converted[name] = tensors.pop(name).to(dtype)
+        low, high = converted[name].aminmax()  # without a copy; both are NaN where one number is
+        ensure(low.isfinite() and high.isfinite(), f"{directory}: {name} is not finite")
+    model.load_state_dict(converted, assign=True)
     model.files = files
     return model, tokenizer
 
 
-def save_pretrained(directory, model, tokenizer, weights=None):
-    """Write a directory that load_pretrained, transformers and vLLM read; tokenizer may be None, weights be
-    given in the place of the model's own. config.json is in the older dialect, which all read; the other
-    files that came with the model are carried over. Each file is complete before it takes its place."""
-    directory, files, config = Path(directory), dict(model.files), asdict(model.config)
+def config_json(model, tokenizer):
+    """config.json's bytes in the older dialect, which all libraries read. Other keys that came with
+    the model are kept."""
+    ends = tokenizer.end_ids if tokenizer else ()
+    raw = {"bos_token_id": None, "eos_token_id": min(ends, default=None)}  # not transformers' 1, 2
+    raw |= json.loads(model.files.get("config.json", b"{}"))
+    raw |= dataclasses.asdict(model.config)
+    raw["architectures"] = [f"{model.config.model_type.title()}ForCausalLM"]
+    raw["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    for newer in ("rope_parameters", "dtype"):
+        raw.pop(newer, None)
+    return json.dumps(raw, indent=2).encode()
+
+
+def save_small_files(directory, model, tokenizer):
+    """Write all of a Hugging Face directory but the weights; tokenizer may be None.
+
+    Small files that came with the model are carried over. Each is complete before it takes its
+    place.
+    """
+    directory = Path(directory)
+    files = dict(model.files)
+    files["config.json"] = config_json(model, tokenizer)
     if tokenizer:
         files.setdefault("tokenizer_config.json", b'{"tokenizer_class": "PreTrainedTokenizerFast"}')
         files["tokenizer.json"] = tokenizer.json
-    end = (
-        min(tokenizer.end_ids, default=None) if tokenizer else None
-    )  # without it transformers takes 2
-    raw = (
-        {"bos_token_id": None, "eos_token_id": end}
-        | json.loads(files.get("config.json", b"{}"))
-        | config
-    )
-    raw |= {
-        "architectures": [f"{config['model_type'].title()}ForCausalLM"],
-        "torch_dtype": str(next(model.parameters()).dtype)[6:],
-    }
-    raw = {key: value for key, value in raw.items() if key not in ("rope_parameters", "dtype")}
-    files["config.json"] = json.dumps(raw, indent=2).encode()
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / "model.safetensors", weights or model.state_dict())
     for name, data in files.items():
         with replacing(directory / name) as file:
             file.write(data)
-    for path in [*directory.glob("model-*-of-*.safetensors"), *directory.glob("*.index.json")]:
-        path.unlink()
+
+
+def save_pretrained(directory, model, tokenizer, weights=None):
+    """Write a directory that load_pretrained, transformers and vLLM read.
+
+    tokenizer may be None, and weights be given in the place of the model's own.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory / "model.safetensors", weights or model.state_dict())
+    save_small_files(directory, model, tokenizer)
+    for pattern in ("model-*-of-*.safetensors", "*.index.json"):  # weights that were there before
+        for old in directory.glob(pattern):
+            old.unlink()

@@ -1,10 +1,11 @@
-"""MS-GRPO: multi-step group-relative policy optimisation of a language model that acts in a text game.
+"""MS-GRPO: multi-step group-relative policy optimisation of a model that acts in a text game.
 
-Dilkes, Yazdanpanah, Stein: Reinforced Language Models for Sequential Decision Making, arXiv 2508.10839
-(2025). We could read its abstract, introduction and one caption. What those state is marked [paper];
-every formula below is our reading.
+Dilkes, Yazdanpanah, Stein: Reinforced Language Models for Sequential Decision Making, arXiv
+2508.10839 (2025). We could read its abstract, introduction and one caption. What those state is
+marked [paper]; every formula below is our reading.
 
-    TSMG  [paper] A text-mediated stochastic game (S, A, T, r, H): the environment behind an explicit
+    TSMG  [paper] A text-mediated stochastic game (S, A, T, r, H): the environment behind an
+    explicit
           text interface, a map phi: S -> text and a map psi: text -> A or invalid. Here: `Game`.
     LAP   [paper] A language-agent policy: the model speaks tokens, the game hears actions,
               pi(a|s) = sum over texts y with psi(y) = a of p_theta(y | instructions, phi(s)).
@@ -94,11 +95,12 @@ class Step:
     credit: float = 0.0  # what each token of the response is paid
 
 
-def play(policy, games, greedy=False):
+def play(policy, games, greedy=False, after_round=None):
     """Play games to their ends in lockstep; returns the episode of each.
 
     Each round answers all live games as one batch; a game that is done leaves it. The samples of an
     episode come from its game's own generator: they do not depend on what else is played.
+    after_round(done, total): called with the numbers of games; for a progress line, or to stop.
     """
     episodes = [[] for _ in games]
     live = list(range(len(games)))
@@ -112,6 +114,8 @@ def play(policy, games, greedy=False):
             reward, done, valid = games[i].step(answer.text)
             episodes[i].append(Step(answer, reward, done, valid, games[i].success))
         live = [i for i in live if not episodes[i][-1].done]
+        if after_round:
+            after_round(len(games) - len(live), len(games))
     return episodes
 
 
@@ -121,9 +125,10 @@ def episode_returns(episodes):
 
 
 def episode_advantages(returns, normalize_std=True):
-    """A_i = (R_i - mean R) / (std R + 1e-6) in each group, population std: (groups, G) -> (groups, G).
+    """A_i = (R_i - mean R) / (std R + 1e-6) in each group: (groups, G) -> (groups, G).
 
-    A group whose returns are all equal has exactly 0, whatever floating point makes of its mean.
+    The std is the population's. A group whose returns are all equal has exactly 0, whatever
+    floating point makes of its mean.
     """
     returns = torch.as_tensor(returns, dtype=torch.float32)
     advantages = returns - returns.mean(1, keepdim=True)
@@ -170,7 +175,7 @@ def draw_episodes(advantages, sampling, count, rng):
 
 
 def policy_loss(logprobs, old_logprobs, credit, entropies, clip=0.2, entropy_coef=0.0):
-    """The loss of each token, and where the clip is active; all arguments and both results (tokens,).
+    """The loss of each token, and where the clip is active; all tensors are (tokens,).
 
         -min(rho A, clip(rho, 1 - eps, 1 + eps) A) - c H,   rho = exp(logprobs - old_logprobs)
 
@@ -193,7 +198,8 @@ def policy_loss(logprobs, old_logprobs, credit, entropies, clip=0.2, entropy_coe
 def micro_batches(steps, budget):
     """The steps in lists of about `budget` tokens, those of similar length together.
 
-    Equal answers to equal prompts stay in one list and count once, as `Policy.score` runs them once.
+    Equal answers to equal prompts stay in one list and count once, as `Policy.score` runs them
+    once.
     """
     alike = {}
     for step in steps:
@@ -258,7 +264,7 @@ def accumulate_gradient(policy, episodes, clip=0.2, entropy_coef=0.0, budget=163
 
 
 def statistics(sums, tokens, scored_tokens):
-    """Of the sums of `backward` over one update: a dict of its loss, and of means over scored tokens."""
+    """Of the sums of `backward` over an update: its loss, and means over scored tokens."""
     loss, entropy, clipped, gap = sums.tolist()
     scored_tokens = max(1, scored_tokens)
     return {

@@ -1,10 +1,10 @@
-"""Train a language model to cross frozen lakes by MS-GRPO, evaluate it on unseen ones, watch it play.
+"""Train a language model to cross frozen lakes by MS-GRPO, evaluate it, watch it play.
 
     python train.py --tiny                      a transformer from nothing, on a laptop's CPU
-    python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama in Hugging Face's format
-    python train.py --resume DIR                go on with a run that was stopped or killed
-    python train.py --eval DIR, or --play DIR   what a run or a model can do, in figures or move by move
-    torchrun --nproc-per-node N train.py ...    the same by N processes
+    python train.py --checkpoint DIR            a Qwen2, Qwen2.5, Qwen3 or Llama in Hugging Face's
+    format python train.py --resume DIR                go on with a run that was stopped or killed
+    python train.py --eval DIR, or --play DIR   what a run or a model can do, in figures or move by
+    move torchrun --nproc-per-node N train.py ...    the same by N processes
 
 A run's folder holds settings.json, metrics.jsonl (a line per iteration), state.pt (to resume from),
 model/ (in Hugging Face's format) and summary.json. Random numbers follow from (seed, iteration,
@@ -13,12 +13,16 @@ group, episode), not from what was drawn before: on a CPU, a resumed run goes on
 
 import argparse
 import copy
+import difflib
 import json
 import os
+import re
+import shlex
 import signal
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 # Threads that wait by spinning take the time of those they wait for: beside other work, a run of
@@ -36,12 +40,12 @@ import msgrpo
 from frozenlake import SCENARIOS, FrozenLake
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured (results/bench*.jsonl).
+# Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured in results/bench*.
 BFLOAT16_IS_FAST = DEVICE == "cuda" or torch.cpu._is_amx_tile_supported()
 DTYPE = "bfloat16" if BFLOAT16_IS_FAST else "float32"
 
 
-def setting(default, text, low=0, high=1e18, choices=()):
+def setting(default, text, low=0, high=1e18, choices=None):
     return field(default=default, metadata={"help": text, "range": (low, high), "choices": choices})
 
 
@@ -95,11 +99,8 @@ class Settings:
     micro_batch_tokens: int = setting(16384, "tokens of one pass of an update, about", 1)
     recompute: bool = setting(False, "keep no activations: less memory, more time")
 
-    def __post_init__(self):
-        check_settings(self)
-
     def lake(self, desc, *key, scenario=None):
-        """The game on one map, with this run's text and rewards; its random numbers follow from the key.
+        """The game on one map, with this run's text and rewards; its luck follows from the key.
 
         scenario: an evaluation's, for the training scenario in the place.
         """
@@ -135,27 +136,28 @@ TINY = dict(  # what differs for a model that is born here, and why
 
 
 def generator(*key):
-    """The numpy Generator of a key of integers, whose length counts: numpy takes (1,) for (1, 0)."""
+    """The numpy Generator of a key of integers. Its length counts: numpy takes (1,) for (1, 0)."""
     return np.random.default_rng([len(key), *key])
 
 
 def iterate(player, trainee, learner, iteration, failed):
     """One iteration of MS-GRPO, by the steps of msgrpo.py; returns its metrics.
 
-    player plays, trainee has the weights that are trained. failed: up to 256 maps to return to, kept
-    up to date here. The metric `success` is of newly drawn maps alone.
+    player plays, trainee has the weights that are trained. failed: up to 256 maps to return to,
+    kept up to date here. The metric `success` is of newly drawn maps alone.
     """
     began = time.perf_counter()
     s = learner.settings
     rng = generator(s.seed, iteration, 0)
 
     # 1. Play groups of episodes, each group on one map
-    maps, replayed = choose_maps(s, failed, rng)
+    maps, replayed, waiting = choose_maps(s, failed, rng)
     games = [
         s.lake(desc, s.seed, iteration, group, episode)
         for group, desc in enumerate(maps)
         for episode in range(s.group_size)
     ]
+    STATUS.doing(f"iteration {iteration}: playing {len(games)} episodes")
     player.refresh()
     episodes, rollout_gap = play_all(player, games, s)
     success = np.array([episode[-1].success for episode in episodes])
@@ -171,6 +173,7 @@ def iterate(player, trainee, learner, iteration, failed):
     msgrpo.assign_credit(episodes, advantages, s.gamma)
 
     # 5. Draw the episodes to train on
+    STATUS.doing(f"iteration {iteration}: learning")
     count = max(1, round(s.keep * len(episodes)))
     drawn = msgrpo.draw_episodes(advantages, s.sampling, count, rng)
     drawn = explore(drawn, success, s, rng)
@@ -179,12 +182,13 @@ def iterate(player, trainee, learner, iteration, failed):
     rate = learning_rate(s, iteration)
     updates = learn(trainee, learner, episodes, advantages, drawn, rate)
 
-    failed += [desc for desc, won in zip(maps, success.all(1)) if not won]
-    del failed[:-256]
+    lost = [desc for desc, won in zip(maps, success.all(1)) if not won]
+    failed[:] = (waiting + lost)[-256:]
     metrics = summarize(episodes, returns, success, replayed, updates)
     metrics["iteration"] = iteration
     metrics["learning_rate"] = rate
     metrics["rollout_gap"] = rollout_gap
+    metrics["nonzero_episodes"] = int((advantages != 0).sum())
     metrics["drawn_episodes"] = len(drawn)
     tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
     metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
@@ -192,15 +196,16 @@ def iterate(player, trainee, learner, iteration, failed):
 
 
 def choose_maps(s, failed, rng):
-    """A map for each group, and how many of them are replayed.
+    """A map for each group, how many of them are replayed, and the failed maps that are left.
 
-    Ours: up to `replay` of the groups return to maps of `failed`, which loses them. They come first.
+    Ours: up to `replay` of the groups return to maps of `failed`. They come first.
     """
+    waiting = list(failed)
     replayed = min(len(failed), round(s.replay * s.groups))
-    maps = [failed.pop(rng.integers(len(failed))) for _ in range(replayed)]
+    maps = [waiting.pop(rng.integers(len(waiting))) for _ in range(replayed)]
     while len(maps) < s.groups:
         maps.append(frozenlake.draw_map(SCENARIOS[s.scenario], rng))
-    return maps, replayed
+    return maps, replayed, waiting
 
 
 def play_all(player, games, s):
@@ -209,7 +214,7 @@ def play_all(player, games, s):
     Also the mean gap between the log-probabilities of sampling and of training. In float32 both are
     the same numbers, and it is None.
     """
-    mine = msgrpo.play(player, share(games))
+    mine = play_share(player, games)
     if s.dtype == "float32":
         return gather(mine), None
     gap = msgrpo.rescore(player, mine, s.micro_batch_tokens)
@@ -231,7 +236,7 @@ def learning_rate(s, iteration):
 
 
 def learn(trainee, learner, episodes, advantages, drawn, rate):
-    """Optimiser steps on the drawn episodes, about `update_episodes` a step; returns a dict per step.
+    """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
 
     Ours: the steps end where the policy is further than `max_gap` from the one that played.
     """
@@ -242,7 +247,8 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
     for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))):
         if not s.entropy_coef and not advantages[part].any():
             continue  # nothing to learn from
-        update = accumulate_gradient(trainee, [episodes[i] for i in part], s)
+        can_stop = not updates  # later, the weights are no longer those of the iteration's start
+        update = accumulate_gradient(trainee, [episodes[i] for i in part], s, can_stop)
         if update["logprob_gap"] > s.max_gap:
             learner.optimizer.zero_grad()
             break
@@ -252,34 +258,34 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
     return updates
 
 
-def evaluate(learner, name, greedy=True):
-    """Success on held-out maps beside a random player's and the optimal one's: printed and returned.
+def evaluate(learner, name, greedy=True, episodes=None):
+    """Success on held-out maps beside that of players who do not learn: printed and returned.
 
-    4x4 without slipping: each held-out map once, so that greedy figures are exact; `success` weights
-    a map by its probability. Otherwise the same `eval_episodes` episodes every time, with half of
-    Wilson's 95 % interval.
+    4x4 without slipping: each held-out map once, so that greedy figures are exact; `success`
+    weights a map by its probability. Otherwise the same `eval_episodes` episodes every time, with
+    half of Wilson's 95 % interval. episodes: at most so many, for `eval_episodes`.
     """
     s = learner.settings
     scenario = SCENARIOS[name]
-    maps, weights, exact = evaluation_maps(scenario, s.eval_episodes)
+    maps, weights, exact = evaluation_maps(scenario, episodes or s.eval_episodes)
     lakes = [s.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
+    STATUS.doing(f"evaluating {name}: {len(lakes)} episodes")
     player = learner.player(lakes[0].instructions)
-    episodes = gather(msgrpo.play(player, share(lakes), greedy))
+    episodes = gather(msgrpo.play(player, share(lakes), greedy, STATUS.detail))
     success = np.array([episode[-1].success for episode in episodes], float)
-    valid = [step.valid for episode in episodes for step in episode]
-    bounds = np.array([lake.success_bounds() for lake in lakes])  # (maps, 2)
-    optimal, uniform = (weights @ bounds).tolist()
     mean = float(weights @ success)
+    valid = [step.valid for episode in episodes for step in episode]
     figures = {
         "success": mean,
         "half_interval": 0.0 if exact and greedy else half_interval(mean, weights),
         "unweighted": float(success.mean()),
-        "random": uniform,
-        "optimal": optimal,
         "valid": sum(valid) / len(valid),
         "episodes": len(maps),
     }
-    print(f"{name:12s}", *(f"{key} {value:<6.4g}" for key, value in figures.items()), flush=True)
+    baselines = [frozenlake.baselines(lake) for lake in lakes]
+    for player in baselines[0]:
+        figures[player] = float(weights @ [of_lake[player] for of_lake in baselines])
+    say(f"{name:12s}", *(f"{key} {value:<6.3g}" for key, value in figures.items()))
     return figures
 
 
@@ -298,7 +304,7 @@ def evaluation_maps(scenario, episodes):
 # command line.
 
 # torchrun sets these. All processes draw the same numbers and keep the same books; they share the
-# playing, the passes of an update, and the float32 state. One process alone gets back what it gives.
+# playing, the passes of an update, and the float32 state. One alone gets back what it gives.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -317,6 +323,23 @@ def gather(items):
     return [item for part in parts for item in part]
 
 
+def play_share(player, games):
+    """This process's share of the episodes. Raises Stopped on all processes if one is asked to."""
+
+    def after_round(done, total):
+        STATUS.detail(done, total)
+        if INTERRUPTS.asked:
+            raise Stopped
+
+    episodes = None
+    try:
+        episodes = msgrpo.play(player, share(games), after_round=after_round)
+    except Stopped:
+        pass
+    stop_if(episodes is None)
+    return episodes
+
+
 def share_passes(steps, budget):
     """This process's micro-batches, each with its weight.
 
@@ -331,13 +354,14 @@ def share_passes(steps, budget):
     return passes
 
 
-def accumulate_gradient(trainee, episodes, s):
+def accumulate_gradient(trainee, episodes, s, can_stop):
     """msgrpo.accumulate_gradient, with its passes shared by the processes."""
     steps = [step for episode in episodes for step in episode]
     scored = msgrpo.steps_to_score(steps, s.entropy_coef)
     tokens = msgrpo.count_tokens(steps)
     sums = torch.zeros(4, dtype=torch.float64)
     for batch, weight in share_passes(scored, s.micro_batch_tokens):
+        stop_if(can_stop and INTERRUPTS.asked)
         # The processes' gradients are averaged, not added: hence the factor
         scale = weight * WORLD
         sums += weight * msgrpo.backward(trainee, batch, tokens, s.clip, s.entropy_coef, scale)
@@ -345,8 +369,89 @@ def accumulate_gradient(trainee, episodes, s):
     return msgrpo.statistics(sums, tokens, msgrpo.count_tokens(scored))
 
 
+class Stopped(Exception):
+    """An iteration is given up before its first update. It will be played again."""
+
+
+def stop_if(asked):
+    """Raises Stopped on all processes if one of them is asked to stop."""
+    if any(gather([asked])):
+        raise Stopped
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM end a run at the next safe place; once more ends it at once."""
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    asked = False
+
+    def __enter__(self):
+        self.asked = False
+        self.before = [signal.signal(number, self.ask) for number in self.signals]
+
+    def __exit__(self, *_):
+        for number, handler in zip(self.signals, self.before):
+            signal.signal(number, handler)
+
+    def ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("stopping: the state is saved first")
+
+
+INTERRUPTS = Interrupts()
+
+
+class Status:
+    """What goes on, how long: a line rewritten on a terminal, printed now and then elsewhere."""
+
+    def __init__(self):
+        self.text = ""
+        self.more = ""
+        self.since = 0.0
+        self.ended = threading.Event()
+        self.is_terminal = sys.stderr.isatty()
+
+    def __enter__(self):
+        self.ended.clear()
+        threading.Thread(target=self.tick, daemon=True).start()
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.doing("")
+
+    def tick(self):
+        while not self.ended.wait(1 if self.is_terminal else 30):
+            if not self.text:
+                continue
+            line = f"{self.text}{self.more}, {time.perf_counter() - self.since:.0f} s"
+            if self.is_terminal:
+                print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            else:
+                print(line, flush=True)
+
+    def doing(self, text):
+        self.text = text
+        self.more = ""
+        self.since = time.perf_counter()
+
+    def detail(self, done, total):
+        self.more = f", {done} of {total} done"
+
+
+STATUS = Status()
+
+
+def say(*words):
+    """Print a line, in the place of the status line."""
+    if STATUS.is_terminal:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    print(*words, flush=True)
+
+
 class Learner:
-    """What is trained: `master`, the float32 weights with AdamW's moments, and `model`, which uses them.
+    """What is trained: `master`, float32 weights and AdamW's moments, and `model`, which uses them.
 
     In float32 on one process both are one model. Otherwise `model` is a copy in the run's dtype: an
     update of relative size 1e-6 would vanish in bfloat16. On one process the copy plays and learns,
@@ -354,20 +459,14 @@ class Learner:
     which learns itself (FSDP2), and the copy plays.
     """
 
-    def __init__(self, settings, agent_class=lm.LanguageAgent):
+    def __init__(self, settings, model, tokenizer, agent_class=lm.LanguageAgent):
         s = settings
         self.settings = s
+        self.tokenizer = tokenizer
         self.agent_class = agent_class
-        torch.set_num_threads(s.threads)
-        if s.checkpoint:
-            model, self.tokenizer = lm.load_pretrained(s.checkpoint)
-        else:
-            model, self.tokenizer = tiny_start(s)
-        lm.ensure(
-            self.tokenizer, f"{s.checkpoint} has no tokenizer.json: there is no text without one"
-        )
         self.dtype = getattr(torch, s.dtype)
-        with lm.blaming(f"--device {s.device}"):
+        torch.set_num_threads(s.threads)
+        with lm.blaming(f"--device {s.device}"):  # such as cuda:9
             self.place(model)
         self.trainee_model().model.recompute = s.recompute
         self.optimizer = torch.optim.AdamW(self.master.parameters(), betas=(0.9, 0.99), fused=True)
@@ -378,7 +477,7 @@ class Learner:
         self.master = model
         if WORLD > 1:
             self.model = copy.deepcopy(model).to(s.device, self.dtype)
-            shard(self.master, self.dtype)  # moves to the device, layer by layer
+            shard(self.master, self.dtype, s.device)  # moves to the device, layer by layer
             return
         self.master.to(s.device)
         self.model = self.master
@@ -406,7 +505,7 @@ class Learner:
         return self.agent_class(model, self.tokenizer, instructions, s.temperature, tokens, s.think)
 
     def update(self, rate):
-        """A step of AdamW on the gradients; returns their norm. If that is not finite, nothing changes."""
+        """A step of AdamW on the gradients; returns their norm. Not finite, it changes nothing."""
         norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip)
         if hasattr(norm, "full_tensor"):  # of several processes
             norm = norm.full_tensor()
@@ -426,32 +525,27 @@ class Learner:
             low.copy_(weight.full_tensor() if WORLD > 1 else weight)
 
     def state(self):
-        """(weights, moments) on the CPU, by name; of several processes the first one has them."""
-        if WORLD > 1:
-            return sharded_state(self.master, self.optimizer)
-        weights = {name: weight.cpu() for name, weight in self.master.state_dict().items()}
-        moments = {}
-        for name, weight in self.master.named_parameters():
-            of_weight = self.optimizer.state.get(weight, {})
-            moments[name] = {key: value.cpu() for key, value in of_weight.items()}
-        return weights, moments
+        """Weights and moments, whole, on the CPU; of several processes the first one has them."""
+        from torch.distributed.checkpoint import state_dict  # here, as importing it takes a second
 
-    def load(self, weights, moments):
-        """Take up what `state` gave; before the first update there are no moments."""
-        if WORLD > 1:
-            load_sharded_state(self.master, self.optimizer, weights, moments)
-        else:
-            self.master.load_state_dict(weights)
-            for name, weight in self.master.named_parameters():
-                of_weight = moments.get(name, {})
-                if of_weight:
-                    on_device = {key: value.to(weight.device) for key, value in of_weight.items()}
-                    self.optimizer.state[weight] = on_device
-        self.copy_weights()
+        options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        # Before the first update torch would make moments, by an update that counts
+        optimizer = self.optimizer if self.optimizer.state else ()
+        weights, moments = state_dict.get_state_dict(self.master, optimizer, options=options)
+        return {"weights": weights, "moments": moments}
+
+    def load_moments(self, moments):
+        """Take up what `state` gave; before the first update there are none."""
+        from torch.distributed.checkpoint import state_dict
+
+        if moments:
+            options = state_dict.StateDictOptions(True, broadcast_from_rank0=WORLD > 1)
+            set_moments = state_dict.set_optimizer_state_dict
+            set_moments(self.master, self.optimizer, moments, options=options)
 
 
 def hand_on_gradient(low, weight):
-    """Have a parameter's gradient added to that of its float32 weight, and freed, as soon as it is there."""
+    """Have a parameter's gradient added to its float32 weight's, and freed, once it is there."""
 
     def hand_on(low):
         if weight.grad is None:
@@ -463,42 +557,16 @@ def hand_on_gradient(low, weight):
     low.register_post_accumulate_grad_hook(hand_on)
 
 
-def shard(model, dtype):
-    """FSDP2: each process holds a part of all weights, gradients and moments; gradients are averaged."""
+def shard(model, dtype, device):
+    """FSDP2: each process holds a part of weights, gradients, moments; gradients are averaged."""
     from torch.distributed import fsdp  # here, as importing it takes a second
 
+    mesh = torch.distributed.device_mesh.init_device_mesh(device, (WORLD,))
     precision = fsdp.MixedPrecisionPolicy(dtype, torch.float32)
     for module in (*model.model.layers, model):
-        fsdp.fully_shard(module, mp_policy=precision, reshard_after_forward=True)
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     for method in ("hidden", "token_logprobs"):
         fsdp.register_fsdp_forward_method(model, method)
-
-
-def sharded_state(model, optimizer):
-    from torch.distributed.checkpoint import state_dict
-
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    # Without moments get_state_dict would make them, by an update without gradient, which counts.
-    optimizers = optimizer if optimizer.state else ()
-    weights, moments = state_dict.get_state_dict(model, optimizers, options=options)
-    return weights, moments.get("state", {})
-
-
-def load_sharded_state(model, optimizer, weights, moments):
-    from torch.distributed.checkpoint import state_dict
-
-    options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    group["params"] = list(moments)
-    whole = {"state": moments, "param_groups": [group]}
-    has_moments = any(moments.values())
-    state_dict.set_state_dict(
-        model,
-        optimizer if has_moments else (),
-        model_state_dict=weights,
-        optim_state_dict=whole if has_moments else {},
-        options=options,
-    )
 
 
 def tiny_start(s):
@@ -529,7 +597,7 @@ def tiny_start(s):
 
 
 def warm_up(trainee, learner):
-    """For want of pretraining: next-token prediction on states of training maps, answered at random.
+    """For want of pretraining: next-token prediction on states of training maps.
 
     It teaches to read and to speak, not to play: the answers are *uniformly random* moves.
     """
@@ -551,23 +619,25 @@ def warm_up(trainee, learner):
         learner.update(3e-3 * min(ramp, decay))
 
 
-def summarize(episodes, returns, success, replayed, updates):
-    """The metrics of an iteration's episodes and updates; null where there is nothing to measure."""
+def summarize(episodes, returns, success, replayed, tried):
+    """The metrics of an iteration's episodes and updates; None where nothing is measured."""
+    updates = [update for update in tried if np.isfinite(update["grad_norm"])]
     steps = [step for episode in episodes for step in episode]
     tokens = [update["tokens"] for update in updates]
     metrics = {
         "success": success[replayed:].mean() if replayed < len(success) else None,
-        "return": returns.mean(),
+        "return": returns.mean().item(),
         "steps": len(steps) / len(episodes),
         "valid": np.mean([step.valid for step in steps]),
         "truncated": np.mean([step.answer.truncated for step in steps]),
-        "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean(),
+        "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean().item(),
         "groups_without_success": 1 - success.any(1).mean(),
         "replayed_groups": replayed,
         "generated_tokens": msgrpo.count_tokens(steps),
         "trained_tokens": sum(tokens),
         "trained_episodes": sum(update["trained"] for update in updates),
         "updates": len(updates),
+        "refused_updates": len(tried) - len(updates),  # their gradient was not finite
     }
     for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm"):
         values = [update[key] for update in updates]
@@ -581,29 +651,23 @@ def half_interval(mean, weights):
     return (mean * (1 - mean) * z + z * z / 4) ** 0.5 / (1 + z)
 
 
-def progress_line(m, iterations):
-    """An iteration's metrics in one line that a person can follow."""
-    parts = [f"{m['iteration']:4d}/{iterations}"]
-    for key in (
-        "success",
-        "return",
-        "steps",
-        "valid",
-        "truncated",
-        "entropy",
-        "grad_norm",
-        "updates",
-    ):
-        value = "-" if m[key] is None else f"{m[key]:.3g}"
-        parts.append(f"{key} {value}")
-    left = m["seconds"] / m["iteration"] * (iterations - m["iteration"])
-    parts.append(f"{m['tokens_per_second']:,.0f} tokens/s")
-    parts.append(f"{m['seconds']:.0f} s gone  {left:.0f} s left")
-    return "  ".join(parts)
+SHORT = {"zero_variance_groups": "alike"}
+LEGEND = "success on new maps, mean return, valid answers, entropy in nats, groups all alike"
+
+
+def progress_line(m, iterations, ends):
+    """An iteration's metrics in one line; ends: when the last iterations ended, in seconds."""
+    left = (ends[-1] - ends[0]) / (len(ends) - 1) * (iterations - m["iteration"])
+    line = f"{m['iteration']:4d}/{iterations}"
+    for key in ("success", "return", "valid", "entropy", "zero_variance_groups"):
+        value = "-" if m[key] is None else f"{m[key]:.3f}"
+        line += f"  {SHORT.get(key, key)} {value}"
+    speed = f"{m['tokens_per_second']:,.0f} tokens/s"
+    return f"{line}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left"
 
 
 def write(path, content):
-    """Put a text, or what torch.save takes, in the place of the file at path: whole or not at all."""
+    """Put a text, or what torch.save takes, in a file's place: whole or not at all."""
     if RANK > 0:
         return
     with lm.replacing(path) as file:
@@ -613,73 +677,94 @@ def write(path, content):
             torch.save(content, file)
 
 
-class Interrupts:
-    """Ctrl-C ends a run after its iteration; once more ends it at once."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __enter__(self):
-        signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("stopping after this iteration")
+def to_json(metrics):
+    """Strict JSON: what is not finite becomes null."""
+    finite = {key: x if x is None or np.isfinite(x) else None for key, x in metrics.items()}
+    return json.dumps(finite, default=float)
 
 
-def train(learner, out):
-    """Train to the last iteration, from state.pt where there is one; evaluate, save the model, sum up."""
+def train(learner, out, state):
+    """Train to the last iteration, from a run's state if there is one; evaluate, save, sum up."""
     s = learner.settings
     clock = time.perf_counter()
     desc = frozenlake.draw_map(SCENARIOS[s.scenario], generator())
-    instructions = s.lake(desc).instructions
-    player = learner.player(instructions)
-    trainee = learner.trainee(instructions)
-    state = read_state(learner, out / "state.pt")
+    lake = s.lake(desc)
+    player = learner.player(lake.instructions)
+    trainee = learner.trainee(lake.instructions)
     if state is None:
-        warm_up(trainee, learner)
-        parameters = sum(p.numel() for p in learner.master.parameters())
-        print(f"{parameters:,} parameters; before MS-GRPO, sampled:")
-        before = evaluate(learner, "noslip", greedy=False)
-        state = {"before": before, "failed": [], "history": []}
+        state = start(learner, trainee, lake)
+        if RANK == 0:
+            lm.save_small_files(out / "model", learner.master, learner.tokenizer)
     history = state["history"]  # the lines of metrics.jsonl
     if history:
         clock -= json.loads(history[-1])["seconds"]
-    with Interrupts() as interrupts:
+    ends = [time.perf_counter() - clock]  # of the last iterations, in seconds: for the time left
+    say(LEGEND)
+    with INTERRUPTS:
         for iteration in range(len(history) + 1, s.iterations + 1):
-            metrics = iterate(player, trainee, learner, iteration, state["failed"])
+            try:
+                stop_if(INTERRUPTS.asked)
+                metrics = iterate(player, trainee, learner, iteration, state["failed"])
+            except Stopped:
+                save_state(out, state, learner)
+                raise KeyboardInterrupt from None
             if s.eval_every and iteration % s.eval_every == 0:
                 metrics["unseen_success"] = evaluate(learner, "noslip")["success"]
             metrics["seconds"] = time.perf_counter() - clock
-            history.append(json.dumps(metrics, default=float) + "\n")
+            ends = [*ends[-10:], metrics["seconds"]]
+            history.append(to_json(metrics) + "\n")
             write(out / "metrics.jsonl", "".join(history))
-            print(progress_line(metrics, s.iterations), flush=True)
-            stopped = any(gather([interrupts.asked]))
-            if stopped or iteration % s.checkpoint_every == 0 or iteration == s.iterations:
-                write(out / "state.pt", state | {"learner": learner.state()})
-            if stopped:
-                raise KeyboardInterrupt
-    finish(learner, out, state["before"], clock)
+            say(progress_line(metrics, s.iterations, ends))
+            check_learning(history)
+            if iteration % s.checkpoint_every == 0 or iteration == s.iterations:
+                save_state(out, state, learner)
+    finish(learner, out, state, clock)
 
 
-def read_state(learner, path):
-    """Take up a state.pt; returns what else it holds, None where there is no file."""
-    if not path.exists():
-        return None
-    with lm.blaming(path):
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        learner.load(*state.pop("learner"))
-    return state
+def check_learning(history):
+    """Say so if nothing is learned at first; raises ValueError if gradients are not finite."""
+    last = [json.loads(line) for line in history[-3:]]
+    if len(last) < 3 or any(m["updates"] for m in last):
+        return
+    if all(m["refused_updates"] for m in last):
+        raise ValueError(
+            f"no gradient was finite since iteration {last[0]['iteration']}, and none was used: "
+            "start again with a lower --learning-rate, or from other weights"
+        )
+    if len(history) == 3:
+        say("nothing was learned so far: " + advice(last[-1]))
 
 
-def finish(learner, out, before, clock):
+def advice(m):
+    """Why an iteration had no update, and which flags help."""
+    if m["valid"] == 0:
+        reason = "no answer named an action. See what it says by --play. "
+        return reason + "Try more --max-new-tokens, --think, another --temperature"
+    reason = "all episodes of each group earned the same: there is nothing to compare. "
+    return reason + "Try a larger --group-size, more --groups, a higher --temperature, --max-steps"
+
+
+def start(learner, trainee, lake):
+    """The state before the first iteration: what it was taught, what it reads, what it can do."""
+    warm_up(trainee, learner)
+    parameters = sum(p.numel() for p in learner.master.parameters())
+    prompt = learner.tokenizer.prompt(f"{lake.instructions}\n\n{lake.observation()}", lake.think)
+    say(f"{parameters:,} parameters. A prompt, as the model reads it:\n")
+    say(learner.tokenizer.decode(prompt) + "\n")
+    say("before MS-GRPO, sampled:")
+    before = evaluate(learner, "noslip", greedy=False, episodes=100)
+    return {"before": before, "failed": [], "history": []}
+
+
+def save_state(out, state, learner):
+    STATUS.doing("saving the state")
+    write(out / "state.pt", state | learner.state())
+
+
+def finish(learner, out, state, clock):
     """Save the model, evaluate it, sum up, and show a game."""
-    weights, _ = learner.state()
+    STATUS.doing("saving the model")
+    weights = learner.state()["weights"]
     if RANK == 0:
         lm.save_pretrained(out / "model", learner.master, learner.tokenizer, weights)
     scenarios = evaluate_all(learner)
@@ -690,14 +775,20 @@ def finish(learner, out, before, clock):
         "random_success": unseen["random"],
         "optimal_success": unseen["optimal"],
         "scenarios": scenarios,
-        "before": before,
+        "before": state["before"],
         "seed": learner.settings.seed,
         "seconds": time.perf_counter() - clock,
     }
     write(out / "summary.json", json.dumps(summary))
     play_one(learner)
-    seconds = f"{summary['seconds']:.0f} s"
-    print(f"{seconds}; see {out / 'summary.json'}, the model is in {out / 'model'}")
+    last = [json.loads(line) for line in state["history"]]
+    if not any(m["updates"] for m in last):
+        say("nothing was learned, the model is as it was: " + advice(last[-1]))
+    say(f"{summary['seconds']:.0f} s. The model is in {out}/model, figures in {out}/summary.json.")
+    command = f"    python {sys.argv[0]}"
+    folder = shlex.quote(str(out))
+    say(f"Next:\n{command} --play {folder} --seed 3\n{command} --eval {folder}")
+    say(f"{command} --resume {folder} --iterations {2 * learner.settings.iterations}")
 
 
 def evaluate_all(learner):
@@ -711,46 +802,40 @@ def play_one(learner):
     rng = generator(s.seed)
     lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], rng, held_out=True), s.seed, 0)
     player = learner.player(lake.instructions)
-    print(f"\n{lake.instructions}\n")
-    for step in msgrpo.play(player, [lake], greedy=True)[0]:
+    boards = [lake.observation()]
+    episode = msgrpo.play(player, [lake], True, lambda *_: boards.append(lake.observation()))[0]
+    say(f"\n{lake.instructions}\n")
+    for board, step in zip(boards, episode):
         remark = "" if step.valid else "  (invalid: no move)"
-        print(f"{player.decode(step.answer.prompt)}{step.answer.text}{remark}\n")
+        say(f"{board}\n{step.answer.text}{remark}\n")
     outcome = "reached" if lake.success else "missed"
-    print(f"{lake.observation()}\n{outcome} the goal in {lake.steps} steps\n")
-
-
-def check_settings(settings):
-    """Raises ValueError, with the flag, where a value has the wrong type or is out of its range."""
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        flag = f"--{f.name.replace('_', '-')} {value}"
-        kinds = (int, float) if f.type is float else (f.type,)
-        lm.ensure(type(value) in kinds, f"{flag} is not of type {f.type.__name__}")
-        low, high = f.metadata["range"]
-        choices = f.metadata["choices"]
-        if choices:
-            lm.ensure(value in choices, f"{flag} is not among {', '.join(choices)}")
-        elif f.type in (int, float):
-            lm.ensure(low <= value <= high, f"{flag} is not in [{low}, {high}]")
+    say(f"{boards[-1]}\n{outcome} the goal in {lake.steps} steps\n")
 
 
 MODES = {
-    "checkpoint": "start a run from a pretrained model or another run's",
+    "checkpoint": "start a run from a pretrained model or another run",
     "resume": "go on with a run",
     "eval": "evaluate a run or a model",
     "play": "watch a run or a model play a map that --seed chooses",
 }
+NUMERICS = {"device", "dtype", "threads", "micro_batch_tokens", "recompute"}
 VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
-TAKES = {  # the settings that may be given with a mode; all others with --tiny and --checkpoint alone
-    "resume": {"micro_batch_tokens", "recompute", "threads"},
+TAKES = {  # settings that a mode takes; all others go with --tiny and --checkpoint alone
+    "resume": NUMERICS | {"iterations", "eval_every", "eval_episodes", "checkpoint_every"},
     "eval": VIEW | {"eval_episodes"},
-    "play": VIEW | {"seed", "scenario"},
+    "play": VIEW | {"seed", "scenario", "max_steps"},
 }
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """In one line, as all other errors."""
+        """In one line, as all other errors, with the flag that may have been meant."""
+        flags = {flag: "".join(re.findall(r"-(\w)", flag)) for flag in self._option_string_actions}
+        for word in re.findall(r"--[\w-]+", message):
+            meant = [flag for flag, initials in flags.items() if initials == word[2:]]
+            meant += difflib.get_close_matches(word, flags, 1)
+            if word not in flags and meant:
+                message += f": did you mean {meant[0]}?"
         raise ValueError(message)
 
 
@@ -763,7 +848,7 @@ def make_parser():
     )
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument(
-        "--tiny", action="store_const", const=".", help="train a tiny model from nothing"
+        "--tiny", action="store_const", const="", help="train a tiny model from nothing"
     )
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", metavar="DIR", help=text)
@@ -780,45 +865,100 @@ def make_parser():
         flag = f"--{f.name.replace('_', '-')}"
         if f.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif f.type is str:
+            group.add_argument(flag, choices=f.metadata["choices"], help=text)
         else:
-            group.add_argument(flag, type=f.type, help=text)
+            in_range = number(f.type, *f.metadata["range"])
+            group.add_argument(flag, type=in_range, metavar="X", help=text)
     return parser
 
 
-def read_settings(folder):
-    path = folder / "settings.json"
-    with lm.blaming(path):
-        return Settings(**lm.parse_json(path.read_bytes()))
+def number(kind, low, high):
+    """A function that reads a number from low to high; inf and nan are none."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's message
+    return parse
 
 
 def run(argv, agent_class):
-    """One command. Raises ValueError or OSError, with a message of one line, on bad use or input."""
+    """One command. Raises ValueError or OSError, with a line that says why, on bad use or input."""
     given = vars(make_parser().parse_args(argv))
     mode = next(mode for mode in ("tiny", *MODES) if mode in given)
     folder = Path(given.pop(mode))
+    out = given.pop("out", None)
     for name in given:
         allowed = mode not in TAKES or name in TAKES[mode]
         lm.ensure(allowed, f"--{mode} takes no --{name.replace('_', '-')}")
-    out = given.pop("out", None)
-    is_run = (folder / "settings.json").exists()
-    if mode == "tiny":
-        settings = Settings(**TINY)
-    elif mode == "resume" or (mode in TAKES and is_run):
-        settings = read_settings(folder)
-    else:
-        settings = Settings()
-    if mode not in ("tiny", "resume"):
-        given["checkpoint"] = str((folder / "model" if is_run else folder).resolve())
+    settings = read_settings(mode, folder, given)
+    join_processes(settings.device)
+    STATUS.doing("loading the model")
+    model, tokenizer, state = load_model(mode, folder, settings)
     # The learner is made before the folder: what cannot start leaves none behind
-    learner = Learner(replace(settings, **given), agent_class)
-    if mode == "resume":
-        train(learner, folder)
-    elif mode == "eval":
+    learner = Learner(settings, model, tokenizer, agent_class)
+    if mode == "eval":
         evaluate_all(learner)
     elif mode == "play":
         play_one(learner)
+    elif mode == "resume":
+        resume(learner, folder, state, given)
     else:
-        train(learner, make_folder(out, learner.settings))
+        train(learner, make_folder(out, settings), None)
+
+
+def read_settings(mode, folder, given):
+    """The settings of a command: a run's own or the defaults, and what is given in their place."""
+    path = folder / "settings.json"
+    if mode == "tiny":
+        return Settings(**TINY | given)
+    if mode == "checkpoint":
+        return Settings(**given, checkpoint=str(folder.resolve()))
+    if mode == "resume" or path.exists():
+        with lm.blaming(path):
+            return Settings(**lm.parse_json(path.read_bytes()) | given)
+    return Settings(**given)
+
+
+def load_model(mode, folder, settings):
+    """(model, tokenizer, the rest of a run's state.pt if there is one)."""
+    if mode == "resume" and not (folder / "state.pt").exists():
+        # Ended before its first state: it begins again
+        folder = Path(settings.checkpoint)
+        mode = "checkpoint" if settings.checkpoint else "tiny"
+    if mode == "tiny":
+        return *tiny_start(settings), None
+    is_run = (folder / "settings.json").exists()
+    state = None
+    weights = None
+    if is_run and (folder / "state.pt").exists():
+        with lm.blaming(folder / "state.pt"):
+            state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+            weights = state.pop("weights")
+    model_folder = folder / "model" if is_run else folder
+    model, tokenizer = lm.load_pretrained(model_folder, weights=weights)
+    lm.ensure(tokenizer, f"{folder} has no tokenizer.json: there is no text without one")
+    return model, tokenizer, state if mode == "resume" else None
+
+
+def resume(learner, out, state, given):
+    """Go on with a run, and keep the settings that were given."""
+    if given:
+        write(out / "settings.json", settings_text(learner.settings))
+    if given.keys() & NUMERICS:
+        say("sums may differ in the last bits from here on: the run is not repeated bit for bit")
+    if state is not None:
+        with lm.blaming(out / "state.pt"):
+            learner.load_moments(state.pop("moments"))
+    train(learner, out, state)
+
+
+def settings_text(settings):
+    return json.dumps(asdict(settings), indent=2) + "\n"
 
 
 def make_folder(out, settings):
@@ -833,22 +973,28 @@ def make_folder(out, settings):
     lm.ensure(not taken, f"{out} is not empty: --resume it, or give another --out")
     out = gather([out])[0]
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "settings.json", json.dumps(asdict(settings), indent=2) + "\n")
-    print(
-        f"this run is {out}; if it is stopped, go on with: python train.py --resume {out}",
-        flush=True,
-    )
+    write(out / "settings.json", settings_text(settings))
+    folder = shlex.quote(str(out))
+    say(f"this run is {out}; if it is stopped: python {sys.argv[0]} --resume {folder}")
     return out
 
 
-def join_processes():
-    """What torchrun asks for; the first process alone speaks."""
-    if DEVICE == "cuda":
+def join_processes(device):
+    """What torchrun asks for, where there are several processes, on a device that is there."""
+    kind = device.split(":")[0]
+    lm.ensure(kind in ("cpu", "cuda"), f"--device {device}: cpu, cuda and cuda:N are supported")
+    has_device = kind == "cpu" or torch.cuda.is_available()
+    lm.ensure(has_device, f"--device {device}: there is no CUDA GPU here, give --device cpu")
+    both = ("RANK" in os.environ) == ("WORLD_SIZE" in os.environ)
+    lm.ensure(both, "of RANK and WORLD_SIZE, which torchrun sets, only one is in the environment")
+    if WORLD == 1:
+        return
+    if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    default = torch.distributed.constants.default_pg_timeout
-    torch.distributed.init_process_group(timeout=4 * default)
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+    # The default is half an hour; one process may write a large state while the others wait
+    timeout = 4 * torch.distributed.constants.default_pg_timeout
+    backend = "nccl" if kind == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=timeout)
 
 
 def main(argv=None, agent_class=lm.LanguageAgent):
@@ -856,23 +1002,29 @@ def main(argv=None, agent_class=lm.LanguageAgent):
 
     agent_class: made and used as lm.LanguageAgent is. So a fork can change how its model is asked.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process alone speaks
     try:
-        if WORLD > 1:
-            join_processes()
-        run(argv, agent_class)
+        with STATUS:
+            run(argv, agent_class)
         return 0
     except KeyboardInterrupt:
-        print("train.py: interrupted", file=sys.stderr)
-        return 130
+        return complain("interrupted", 130)
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        return complain(error, 2)
     except (RuntimeError, MemoryError) as error:
         if not lm.out_of_memory(error):
             raise
-        advice = "lower --micro-batch-tokens, --groups, --eval-episodes; see results/memory.py"
-        print(f"train.py: out of memory: {advice}", file=sys.stderr)
-        return 2
+        flags = "--micro-batch-tokens, or --recompute; then --groups and --eval-episodes"
+        return complain(f"out of memory: lower {flags}; see results/memory.py", 2)
+
+
+def complain(reason, status):
+    clear = "\r\x1b[K" if STATUS.is_terminal else ""
+    print(f"{clear}train.py: {reason}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
