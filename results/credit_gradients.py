@@ -1,22 +1,23 @@
-"""The price of variance: gradients of the credit rules, on the same episodes, at policies held fixed.
+"""The price of variance: gradients of the credit rules, on the same episodes, at policies held
+fixed.
 
     python results/credit_gradients.py      some ten minutes on one core; resumable game by game
 
-On each game a policy is trained by `whole episode` (rate 3e-3, entropy coefficient .05, lakes 1e-3 and
-.01; seed 9002) and stopped where a third, and where two thirds, of its training episodes succeed, so that
-it looks at the state; after 400 iterations at the latest. There 60 batches are played, each as large as
-an iteration, and the gradient of each rule is taken on each batch, without entropy bonus. The critic sees
-60 other batches first, and then learns no more.
+On each game a policy is trained by `whole episode` (rate 3e-3, entropy coefficient .05, lakes
+1e-3 and .01; seed 9002) and stopped where a third, and where two thirds, of its training
+episodes succeed, so that it looks at the state; after 400 iterations at the latest. There 60
+batches are played, each as large as an iteration, and the gradient of each rule is taken on each
+batch, without entropy bonus. The critic sees 60 other batches first, and then learns no more.
 
 Of the gradients g_i of one rule, with mean mu over all batches that could be played:
 
-    noise       E|g - mu|^2 / |mu|^2     how many batches must be averaged for a signal as large as the noise
+    noise       E|g - mu|^2 / |mu|^2     batches to average for a signal as large as the noise
     direction   cosine of mu and the mu of `to go`, which is the gradient of the expected return
 
-|mu|^2 is estimated by the mean of g_i . g_j over i != j, which is not biased; mu_a . mu_b likewise. +-: one
-standard error, by the jackknife over batches. Theory: `whole episode`, `to go` and the critic have
-direction 1 but for chance and the critic's error; whole episode has the most noise of the three. The
-discounted rules and GiGPO follow something else.
+|mu|^2 is estimated by the mean of g_i . g_j over i != j, which is not biased; mu_a . mu_b
+likewise. +-: one standard error, by the jackknife over batches. Theory: `whole episode`, `to go`
+and the critic have direction 1 but for chance and the critic's error; whole episode has the most
+noise of the three. The discounted rules and GiGPO follow something else.
 """
 
 import csv
@@ -81,7 +82,10 @@ def cross(a, b):
 
 
 def figures(own, others):
-    """(noise, direction) of inner products: own (n, n), with the reference's (n, n), reference's (n, n)."""
+    """(noise, direction) of inner products g_i . g_j, each table (batches, batches).
+
+    own: of a rule's gradients. others: of them with the reference's, and of the reference's.
+    """
     with_reference, reference = others
     n = len(own)
 

@@ -2,8 +2,8 @@
 
     python results/credit.py --report
 
-Differences are taken seed by seed against the family's reference. Intervals are t intervals, 95 %; p is
-that of the t test, corrected by Holm over all comparisons of a measure in a family.
+Differences are taken seed by seed against the family's reference. Intervals are t intervals, 95
+%; p is that of the t test, corrected by Holm over all comparisons of a measure in a family.
 """
 
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ def differences(runs, family, game, arm, measure):
 
 
 def compare(runs, family, measure):
-    """{(game, arm): (mean difference, half interval, corrected p, n)} where there are enough seeds."""
+    """{(game, arm): (mean difference, half interval, corrected p, n)}, given enough seeds."""
     found = {}
     for game in family.games:
         for arm in family.arms:
@@ -176,7 +176,7 @@ def arm_row(runs, family, game, arm, comparisons):
 
 
 def thrift_table(runs):
-    """The draw by trained tokens: the area up to as many tokens as the thriftiest arm has trained."""
+    """The draw: the area up to as many tokens as the thriftiest arm has trained."""
     family = FAMILIES[2]
     rows = {arm: list(reported(runs, family, "lake", arm).values()) for arm in family.arms}
     rows = {arm: found for arm, found in rows.items() if found}
@@ -253,10 +253,9 @@ def plot_answer(runs):
     plot_points(axes[1], runs, main, credit.KEY_GAMES, "area", "key and door: area")
     axes[0].set_xlabel("horizon, steps")
     axes[1].set_xlabel("horizon, steps")
-    plot_points(axes[2], runs, main, ("coin lake",), "final", "lakes: final success")
-    games = ("coin lake", *credit.OTHER_GAMES)
-    axes[2].clear()
-    plot_points(axes[2], runs, main, games, "final", "lakes: final success")
+    lakes = ("coin lake", *credit.OTHER_GAMES)
+    everything = Family("", lakes, credit.ARMS, range(500, 510))
+    plot_points(axes[2], runs, everything, lakes, "final", "lakes: final success")
     axes[0].set_ylabel("held-out success, greedy")
     axes[0].set_ylim(-0.03, 1.03)
     axes[1].set_ylim(-0.03, 1.03)

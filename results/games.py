@@ -1,6 +1,6 @@
 """Text games on which credit matters, each a few lines on msgrpo.Game, and what can be won in them.
 
-    python results/games.py     success of the optimal, the random and the best reflex player of each
+    python results/games.py     success of the optimal, the random and the best reflex player
 
 `KeyAndDoor`  a key that must be taken at the first step opens a door at the last one. In every room
               between lies a coin of random worth. The episode's length is fixed: 5, 10, 20 or 40.
@@ -105,7 +105,7 @@ class CostlyLake(FrozenLake):
 
 
 def draw_lake(rng, held_out=False):
-    """A lake with a fifth of holes, start and goal anywhere, from the training or the held-out maps.
+    """A lake with a fifth of holes, start and goal anywhere, of the training or the held-out maps.
 
     The goal is at least two moves from the start, and can be reached.
     """
@@ -200,7 +200,8 @@ def features(lake, state):
 def lake_arrays(lakes):
     """(kernel, seen) of many lakes.
 
-    kernel (lakes, state, action, state + 1): the last column is success; seen (lakes, state): features.
+    kernel (lakes, state, action, state + 1): the last column is success. seen (lakes, state):
+    features.
     """
     states = SIZE * SIZE
     kernel = np.zeros((len(lakes), states, 4, states + 1))
@@ -253,9 +254,7 @@ def report():
     for name, task in TASKS.items():
         rng = np.random.default_rng(1)
         if name.startswith("key"):
-            print(
-                f"{name:10s}  1.000     .0625    .0625 (does not read; one that takes every coin: 0)"
-            )
+            print(f"{name:10s}  1.000     .0625    .0625 (does not read; who takes every coin: 0)")
             continue
         lakes = [task.make(task.draw(rng, held_out=True), rng) for _ in range(300)]
         optimal, uniform = np.mean([lake.success_bounds() for lake in lakes], 0)

@@ -69,9 +69,10 @@ def test_critic_gae():
 def test_faded_advantage_raises_the_worst_action():
     """A first step with three actions of chances .4, .4 and .2, and what follows each of them.
 
-    Best: 1 after nine steps. Middling: .5 at once. Worst: nothing, after 21 steps. The softmax gradient
-    raises an action whose credit is above the mean credit. Fading leaves little of what is far from
-    the end: the middling action, a little below the mean return, looks worse than the worst one.
+    Best: 1 after nine steps. Middling: .5 at once. Worst: nothing, after 21 steps. The softmax
+    gradient raises an action whose credit is above the mean credit. Fading leaves little of what is
+    far from the end: the middling action, a little below the mean return, looks worse than the
+    worst one.
     """
     best = [episode(*[0] * 8, 1) for _ in range(4)]
     middling = [episode(0.5) for _ in range(4)]
