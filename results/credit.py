@@ -48,11 +48,16 @@ is <action>word</action> of three tokens, after 100 steps of next-token predicti
 answers.
 
 Tuning. Each arm alike: learning rate 1e-3 or 3e-3, entropy coefficient .15, .05 or .01, on seeds
-9000 and 9001 (.15 was added before any reported run, when .05 had been best for most arms on
-"key 10"); the best mean area is taken (where equal, the best final return). "key 5" has what was
-best on "key 10", "key 40" what was best on "key 20", "slippery" and "cost" what was best on
-"lake", free answers what was best for the arm on "key 10". Reported seeds: 500 to 509 in the
-main games, 500 to 504 elsewhere. They are used for nothing else.
+9000 and 9001; the best mean area is taken (where equal, the best final return). "key 5" has what
+was best on "key 10", "slippery" and "cost" what was best on "lake", free answers what was best for
+the arm on "key 10". Reported seeds: 500 to 509 in the main games, 500 to 504 elsewhere. They are
+used for nothing else.
+
+Amended. (1) Before any reported run: .15 was added to the grid, as .05 had been best for most arms
+on "key 10". (2) After seeds 500 to 504 of the key games: "key 40" is tuned on itself. It had been
+given what was best on "key 20"; there `to go` came out better than `whole episode`, with another
+entropy coefficient, and on a tuning seed that difference went with the coefficient, not with the
+arm. Runs with other settings than the tuned ones stay in runs.jsonl and out of the tables.
 
 Measures. Every ten iterations 100 held-out starts are played greedily: a share of successes (the
 door opened with the key, or the goal reached). Main: `area`, the mean of that share over the run
@@ -110,7 +115,8 @@ GRID = tuple(product((1e-3, 3e-3), (0.15, 0.05, 0.01)))  # learning rate, entrop
 KEY_GAMES = ("key 5", "key 10", "key 20", "key 40")
 MAIN_GAMES = (*KEY_GAMES, "coin lake")
 OTHER_GAMES = ("lake", "slippery", "cost")
-TUNED_ON = {"key 5": "key 10", "key 40": "key 20", "slippery": "lake", "cost": "lake"}
+TUNED_ON = {"key 5": "key 10", "slippery": "lake", "cost": "lake"}
+STAND_IN = {"key 40": "key 20"}  # for the report, as long as a game's own tuning is incomplete
 
 
 def tokenizer():
@@ -531,12 +537,9 @@ def run(job):
 
 FREE = ("free, whole episode", "free, to go")
 FIRST = range(500, 505)
-REST = range(505, 510)
 ORDER = (  # (games, arms, seeds): what is done first to last
-    (KEY_GAMES, ARMS[:6], FIRST),
-    (KEY_GAMES, ARMS[:6], REST),
-    (("coin lake",), ARMS[:6], FIRST),
-    (("coin lake",), ARMS[:6], REST),
+    (KEY_GAMES, ARMS[:6], range(500, 510)),
+    (("coin lake",), ARMS[:6], range(500, 510)),
     (MAIN_GAMES, ARMS[6:], range(500, 510)),
     (OTHER_GAMES, ARMS, FIRST),
     (("lake",), DRAWS, FIRST),

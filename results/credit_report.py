@@ -91,13 +91,23 @@ def holm(p_values):
     return corrected.tolist()
 
 
+def tuned(runs, game, arm):
+    """The tuned pair of an arm on a game, or its stand-in; None where neither is tuned."""
+    for place in (game, credit.STAND_IN.get(game)):
+        try:
+            return credit.tuned(runs, place, arm)
+        except KeyError:
+            continue
+    return None
+
+
 def reported(runs, family, game, arm):
-    """{seed: row} of an arm's reported runs."""
-    return {
-        job.seed: row
-        for job, row in runs.items()
-        if job.game == game and job.arm == arm and job.seed in family.seeds
-    }
+    """{seed: row} of an arm's reported runs with its tuned settings."""
+    pair = tuned(runs, game, arm)
+    if pair is None:
+        return {}
+    jobs = [credit.Job(game, arm, seed, *pair) for seed in family.seeds]
+    return {job.seed: runs[job] for job in jobs if job in runs}
 
 
 def differences(runs, family, game, arm, measure):
@@ -141,8 +151,10 @@ def family_table(runs, family):
     comparisons = {name: compare(runs, family, measure) for name, measure in MEASURES.items()}
     lines = [f"## {family.title}, against `{family.reference}`", ""]
     for game in family.games:
+        stand_in = credit.STAND_IN.get(game)
+        note = f" (an arm not yet tuned here has its settings of {stand_in})" if stand_in else ""
         lines += [
-            f"**{game}**",
+            f"**{game}**{note}",
             "",
             "| arm | rate, entropy | n | area | final | return | "
             "area less reference's | verdicts: area, final, return |",
