@@ -628,7 +628,7 @@ def main():
             do(reported_jobs(read_runs(), games, arms, seeds), options.processes)
     import credit_report  # needs matplotlib
 
-    credit_report.write(read_runs())
+    credit_report.write()
 
 
 if __name__ == "__main__":

@@ -298,7 +298,8 @@ def plot_curves(runs):
     figure.savefig(credit.OUT / "curves.png", dpi=110)
 
 
-def write(runs):
+def write():
+    runs = credit.read_runs()
     lines = ["# Credit study: all figures", "", "Made by `python results/credit.py --report`.", ""]
     for family in FAMILIES:
         lines += family_table(runs, family)
