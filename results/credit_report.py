@@ -80,30 +80,29 @@ def p_value(differences):
     return float(density[beyond].sum() / density.sum())
 
 
-def holm(p_values):
-    """Holm's corrected p values, in the given order."""
+def holm(p_values, planned):
+    """Holm's corrected p values, in the given order. Planned ones that are missing count as 1."""
     order = np.argsort(p_values)
     corrected = np.zeros(len(p_values))
     largest = 0.0
     for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        largest = max(largest, min(1.0, (planned - rank) * p_values[i]))
         corrected[i] = largest
     return corrected.tolist()
 
 
 def tuned(runs, game, arm):
-    """The tuned pair of an arm on a game, or its stand-in; None where neither is tuned."""
-    for place in (game, credit.STAND_IN.get(game)):
-        try:
-            return credit.tuned(runs, place, arm)
-        except KeyError:
-            continue
-    return None
+    """The tuned pair of an arm on a game, None where its tuning is incomplete."""
+    try:
+        return credit.tuned(runs, game, arm)
+    except KeyError:
+        return None
 
 
 def reported(runs, family, game, arm):
     """{seed: row} of an arm's reported runs with its tuned settings."""
-    pair = tuned(runs, game, arm)
+    stand_in = credit.STAND_IN.get(game, game)
+    pair = tuned(runs, game, arm) or tuned(runs, stand_in, arm)
     if pair is None:
         return {}
     jobs = [credit.Job(game, arm, seed, *pair) for seed in family.seeds]
@@ -124,9 +123,11 @@ def compare(runs, family, measure):
     for game in family.games:
         for arm in family.arms:
             values = differences(runs, family, game, arm, measure)
-            if arm != family.reference and len(values) >= FEWEST_SEEDS:
+            both_tuned = tuned(runs, game, arm) and tuned(runs, game, family.reference)
+            if arm != family.reference and len(values) >= FEWEST_SEEDS and both_tuned:
                 found[game, arm] = values
-    corrected = holm([p_value(values) for values in found.values()])
+    planned = len(family.games) * (len(family.arms) - 1)
+    corrected = holm([p_value(values) for values in found.values()], planned)
     return {
         key: (*interval(values), p, len(values))
         for (key, values), p in zip(found.items(), corrected)
@@ -152,7 +153,11 @@ def family_table(runs, family):
     lines = [f"## {family.title}, against `{family.reference}`", ""]
     for game in family.games:
         stand_in = credit.STAND_IN.get(game)
-        note = f" (an arm not yet tuned here has its settings of {stand_in})" if stand_in else ""
+        note = (
+            f" (an arm not yet tuned here has its settings of {stand_in}, and no verdict)"
+            if stand_in
+            else ""
+        )
         lines += [
             f"**{game}**{note}",
             "",
@@ -181,7 +186,7 @@ def arm_row(runs, family, game, arm, comparisons):
         values = differences(runs, family, game, arm, credit.area)
         if values and arm != family.reference:
             cells.append(f"{number(*interval(values), '+')} (n {len(values)})")
-            cells.append("no verdict: too few seeds")
+            cells.append("no verdict: too few seeds, or not tuned here")
         else:
             cells += ["", ""]
     return "| " + " | ".join(cells) + " |"
@@ -301,6 +306,7 @@ def plot_curves(runs):
 def write():
     runs = credit.read_runs()
     lines = ["# Credit study: all figures", "", "Made by `python results/credit.py --report`.", ""]
+    lines += ["As long as runs are missing (the last section), verdicts are provisional.", ""]
     for family in FAMILIES:
         lines += family_table(runs, family)
     lines += thrift_table(runs)

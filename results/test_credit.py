@@ -154,4 +154,4 @@ def test_statistics():
         assert report.p_value(values) == pytest.approx(0.05, abs=2e-3)
         mean, half = report.interval(values)
         assert half == pytest.approx(mean)
-    assert np.allclose(report.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+    assert np.allclose(report.holm([0.01, 0.04, 0.03], 3), [0.03, 0.06, 0.06])
