@@ -26,6 +26,9 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__" and sys.stderr.isatty():
+    print("importing torch", end="", file=sys.stderr, flush=True)
+
 # Threads that wait by spinning take the time of those they wait for: beside other work, a run of
 # seconds took many minutes. OpenMP reads these when torch is imported: GNU's then spins shortly and
 # sleeps, others sleep.
@@ -216,7 +219,11 @@ def evaluate(learner, name, greedy=True, limit=None):
     STATUS.doing(f"evaluating {name}")
     policy = learner.player(lakes[0].instructions)
     after_round = partial(STATUS.detail, "playing")
-    episodes = gather(msgrpo.play(policy, share(lakes), greedy, after_round))
+    mine = share(lakes)
+    episodes = []
+    for i in range(0, len(mine), 256):  # all at once would take more memory than training
+        episodes += msgrpo.play(policy, mine[i : i + 256], greedy, after_round)
+    episodes = gather(episodes)
     success = np.array([episode[-1].success for episode in episodes], float)
     mean = float(weights @ success)
     valid = [step.valid for episode in episodes for step in episode]
@@ -230,7 +237,7 @@ def evaluate(learner, name, greedy=True, limit=None):
     baselines = [frozenlake.baselines(lake) for lake in lakes]
     for other in baselines[0]:
         figures[other] = float(weights @ [of_lake[other] for of_lake in baselines])
-    say(f"{name:12s}", *(f"{key} {value:<6.3g}" for key, value in figures.items()))
+    say(f"{name:12s}", *(f"{key} {value:<6.4g}" for key, value in figures.items()))
     return figures
 
 
@@ -765,7 +772,8 @@ def start(learner, trainee, lake):
     say(f"{parameters:,} parameters. A prompt, as the model reads it:\n")
     say(learner.tokenizer.decode(prompt) + "\n")
     say("before MS-GRPO, sampled:")
-    before = evaluate(learner, "noslip", greedy=False, limit=100)
+    limit = min(100, learner.settings.eval_episodes)
+    before = evaluate(learner, "noslip", greedy=False, limit=limit)
     return {"before": before, "replay_pool": [], "history": []}
 
 

@@ -10,7 +10,7 @@ Then comes the largest of four, each at its peak:
 
     rollout     one step of all episodes of an iteration: the cache of keys and values, twice while
                 rows that have ended are taken out of it, and the tables to sample from
-    evaluation  the same for all episodes of a scenario, which are played at once
+    evaluation  the same for the 256 episodes that an evaluation plays at once
     update      the gradients, what the forward pass of a micro-batch keeps, and the larger of the
                 tables over the vocabulary of one slice and of one layer's backward pass
     optimizer   the gradients alone
@@ -41,7 +41,7 @@ import msgrpo
 GIB = 2**30
 FLAGS = {  # name: default and meaning
     "episodes": (32, "played at once: groups * group size"),
-    "eval-episodes": (1000, "played at once in an evaluation"),
+    "eval-episodes": (256, "played at once in an evaluation"),
     "update-episodes": (16, "of one optimiser step"),
     "steps": (8, "of an episode"),
     "shared": (120, "tokens of the instructions"),
