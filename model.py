@@ -253,7 +253,8 @@ class Transformer(nn.Module):
         def one_slice(x, targets):
             table = self.log_probabilities(x, size, temperature)
             logprobs = table.gather(1, targets[:, None])[:, 0]
-            entropies = -(table.exp() * table).sum(-1)
+            # A fork may mask tokens by -inf: 0 * -inf would be nan
+            entropies = -(table.exp() * table.clamp(min=-1e4)).sum(-1)
             return logprobs, entropies
 
         rows = max(1, TABLE_ELEMENTS // size)

@@ -567,6 +567,18 @@ def test_the_cache_keeps_its_tensors_while_no_row_ends():
     assert places == places[:1] * 8
 
 
+def test_tokens_masked_by_minus_infinity_leave_entropy_and_gradient_finite():
+    agent = corridor_agent()
+    head = agent.model.head
+    masked = torch.zeros(Words.size + 5)
+    masked[3] = -torch.inf
+    agent.model.head = lambda x: head(x) + masked
+    logprobs, entropies = agent.score([Answer((4, 6), (5, 0)), Answer((4, 7), (1,))])
+    (logprobs.sum() + entropies.sum()).backward()
+    assert entropies.isfinite().all()
+    assert gradient(agent.model).isfinite().all()
+
+
 def answers_of(agent, captures):
     agent.captures = captures
     uniforms = np.random.default_rng(0).random((24, agent.max_new_tokens))
