@@ -508,7 +508,17 @@ def pick(parts, order):
     return torch.cat([parts[i] for i in order])
 
 
-# Below: a captured step, and file formats
+# Below: what is for a kind of machine, and file formats
+
+
+def bfloat16_is_fast(device):
+    """Whether passes in bfloat16 are worth it.
+
+    On a CPU they are with AMX alone: half of float32's rate was measured without (results/bench*).
+    """
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported()
 
 
 def capture(step, token, cache):

@@ -44,12 +44,7 @@ import msgrpo
 from frozenlake import SCENARIOS, FrozenLake
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Without AMX, a CPU is slower in bfloat16: half of float32's rate was measured in results/bench*.
-if DEVICE == "cuda":
-    BFLOAT16_IS_FAST = torch.cuda.is_bf16_supported(including_emulation=False)
-else:
-    BFLOAT16_IS_FAST = torch.cpu._is_amx_tile_supported()
-DTYPE = "bfloat16" if BFLOAT16_IS_FAST else "float32"
+DTYPE = "bfloat16" if lm.bfloat16_is_fast(DEVICE) else "float32"
 
 
 def setting(default, text, low=0, high=1e18, choices=None):
@@ -139,8 +134,8 @@ def iterate(player, trainee, learner, iteration, replay_pool):
     ]
     player.refresh()
     episodes, rollout_gap = play_all(player, games, s)
-    success = np.array([episode[-1].success for episode in episodes])
-    success = success.reshape(s.groups, s.group_size)
+    reached = [episode[-1].success for episode in episodes]
+    success = np.reshape(reached, (s.groups, s.group_size))
 
     # 2. Returns
     returns = msgrpo.episode_returns(episodes).view(s.groups, s.group_size)
@@ -166,19 +161,6 @@ def iterate(player, trainee, learner, iteration, replay_pool):
     metrics["nonzero_episodes"] = int((advantages != 0).sum())
     metrics["drawn_episodes"] = len(drawn)
     return metrics
-
-
-def play_all(player, games, s):
-    """The games' episodes, of which each process plays its share.
-
-    Also the mean gap between the log-probabilities of sampling and of training. In float32 they are
-    equal up to rounding: it is not measured, and None.
-    """
-    mine = play_share(player, games)
-    if s.dtype == "float32":
-        return gather(mine), None
-    gap = msgrpo.rescore(player, mine, s.micro_batch_tokens)
-    return gather(mine), np.mean(gather([gap]))
 
 
 def learn(trainee, learner, episodes, advantages, drawn, rate):
@@ -218,12 +200,7 @@ def evaluate(learner, name, greedy=True, limit=None):
     lakes = [s.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
     STATUS.doing(f"evaluating {name}")
     policy = learner.player(lakes[0].instructions)
-    after_round = partial(STATUS.detail, "playing")
-    mine = share(lakes)
-    episodes = []
-    for i in range(0, len(mine), 256):  # all at once would take more memory than training
-        episodes += msgrpo.play(policy, mine[i : i + 256], greedy, after_round)
-    episodes = gather(episodes)
+    episodes = play_in_parts(policy, lakes, greedy)
     success = np.array([episode[-1].success for episode in episodes], float)
     mean = float(weights @ success)
     valid = [step.valid for episode in episodes for step in episode]
@@ -234,9 +211,7 @@ def evaluate(learner, name, greedy=True, limit=None):
         "valid": sum(valid) / len(valid),
         "episodes": len(maps),
     }
-    baselines = [frozenlake.baselines(lake) for lake in lakes]
-    for other in baselines[0]:
-        figures[other] = float(weights @ [of_lake[other] for of_lake in baselines])
+    figures |= mean_baselines(lakes, weights)
     say(f"{name:12s}", *(f"{key} {value:<6.4g}" for key, value in figures.items()))
     return figures
 
@@ -263,6 +238,19 @@ def gather(items):
     parts = [None] * WORLD
     torch.distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def play_all(player, games, s):
+    """The games' episodes, of which each process plays its share.
+
+    Also the mean gap between the log-probabilities of sampling and of training. In float32 they are
+    equal up to rounding: it is not measured, and None.
+    """
+    mine = play_share(player, games)
+    if s.dtype == "float32":
+        return gather(mine), None
+    gap = msgrpo.rescore(player, mine, s.micro_batch_tokens)
+    return gather(mine), np.mean(gather([gap]))
 
 
 def play_share(player, games):
@@ -655,6 +643,22 @@ def evaluation_maps(scenario, episodes):
     rng = generator(0)
     maps = [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(episodes)]
     return maps, np.full(episodes, 1 / episodes), False
+
+
+def play_in_parts(policy, lakes, greedy):
+    """Episodes of an evaluation: all at once would take more memory than training."""
+    mine = share(lakes)
+    episodes = []
+    for i in range(0, len(mine), 256):
+        after_round = partial(STATUS.detail, "playing")
+        episodes += msgrpo.play(policy, mine[i : i + 256], greedy, after_round)
+    return gather(episodes)
+
+
+def mean_baselines(lakes, weights):
+    """Success of those who do not learn: {player: probability}."""
+    baselines = [frozenlake.baselines(lake) for lake in lakes]
+    return {name: float(weights @ [of[name] for of in baselines]) for name in baselines[0]}
 
 
 def half_interval(mean, weights):
