@@ -43,8 +43,8 @@ SCENARIOS = {  # the first three are the later public configuration of the paper
 def parse_action(text):
     """psi: the action between the last <action> and its </action>; None where the text is invalid.
 
-    Exactly one of the four words counts: a search for a word inside the text would read
-    "right, then up" as a move.
+    The text inside must be exactly one of the four words. A search for a word would take
+    "right, then up" for a move.
     """
     _, opened, rest = text.rpartition("<action>")
     word, closed, _ = rest.partition("</action>")
@@ -56,7 +56,7 @@ def parse_action(text):
 
 @functools.lru_cache(65536)
 def render(tiles, columns, state, coordinates):
-    """phi: a state as a grid of symbols, below the places of player, holes and goal if wanted."""
+    """phi: a state as a grid of symbols; with coordinates, below a line that names them."""
     symbols = {"S": "_", "F": "_", "H": "O", "G": "G"}
     cells = [symbols[tile] for tile in tiles]
     cells[state] = "P"
@@ -261,7 +261,7 @@ def baselines(lake):
 
     random   any move, uniformly
     reflex1  down where the cell below can be walked on, else right
-    reflex2  the same, where one can walk on from there by one more move down or right
+    reflex2  the same, but down only if one more move down or right is possible from there
     optimal  the best there is
 
     By value iteration: V(s) <- sum_a pi(a|s) sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
@@ -303,7 +303,9 @@ def walkable(lake, row, column, sight):
     if row == lake.rows or column == lake.columns:
         return False
     tile = lake.tiles[row * lake.columns + column]
-    if tile == "H" or tile == "G" or sight == 1:
-        return tile != "H"
+    if tile == "H":
+        return False
+    if tile == "G" or sight == 1:
+        return True
     below = walkable(lake, row + 1, column, sight - 1)
     return below or walkable(lake, row, column + 1, sight - 1)

@@ -1109,7 +1109,7 @@ class Tokenizer:
         """Ids of a prompt up to its state: prefix(instructions) + suffix(state) are the ids of
         prompt(instructions + "\\n\\n" + state). Raises ValueError where a template spoils that."""
         before, _ = self.cut(self.chat(instructions + "\n\n" + CUT, think))
-        before += "x"  # lets the blank line end as before a state
+        before += "x"  # a blank line may be cut otherwise at the end of a text
         ids = self.first_ids + self.encode_chat(before)[:-1]
         for state in STATES:
             whole = self.prompt(instructions + "\n\n" + state, think)

@@ -662,9 +662,12 @@ def mean_baselines(lakes, weights):
 
 
 def half_interval(mean, weights):
-    """Half of Wilson's 95 % interval of a weighted mean of zeros and ones."""
-    z = 3.84 * float(weights @ weights)  # 1.96 ** 2 / n where all weights are 1 / n
-    return (mean * (1 - mean) * z + z * z / 4) ** 0.5 / (1 + z)
+    """Half of Wilson's 95 % interval of a weighted mean of zeros and ones.
+
+    The interval is not centred on the mean: near 0 and 1 it reaches further inwards.
+    """
+    a = 3.84 * float(weights @ weights)  # 1.96 ** 2 / n where all weights are 1 / n
+    return (mean * (1 - mean) * a + a * a / 4) ** 0.5 / (1 + a)
 
 
 SHORT = {"zero_variance_groups": "alike"}
@@ -773,7 +776,7 @@ def start(learner, trainee, lake):
     warm_up(trainee, learner)
     parameters = sum(p.numel() for p in learner.master.parameters())
     prompt = learner.tokenizer.prompt(f"{lake.instructions}\n\n{lake.observation()}", lake.think)
-    say(f"{parameters:,} parameters. A prompt, as the model reads it:\n")
+    say(f"{parameters:,} parameters; {learner.tokenizer.describe_prompt()}. One, as it is read:\n")
     say(learner.tokenizer.decode(prompt) + "\n")
     say("before MS-GRPO, sampled:")
     limit = min(100, learner.settings.eval_episodes)
