@@ -591,7 +591,9 @@ def warm_up(trainee, learner):
     It teaches to read and to speak, not to play: the answers are *uniformly random* moves.
     """
     s = learner.settings
+    STATUS.doing("warming up")
     for i in range(s.warmup_steps):
+        STATUS.detail("steps", i, s.warmup_steps)
         rng = generator(s.seed, i)
         texts = []
         for _ in range(64):
@@ -1037,6 +1039,8 @@ def main(argv=None, agent_class=lm.LanguageAgent):
     try:
         with STATUS:
             run(argv, agent_class)
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         return complain("interrupted", 130)

@@ -40,6 +40,7 @@ class WordAgent(lm.LanguageAgent):
 
     def __init__(self, model, tokenizer, instructions, *settings):
         super().__init__(model, tokenizer, instructions, *settings)
+        lm.ensure(tokenizer.template, "this script asks by chat: the model has no chat template")
         before, after = tokenizer.cut(self.chat(instructions))
         self.instructions = torch.tensor([tokenizer.encode_chat(before)], device=self.device)
         tail = tokenizer.encode_chat(after + OPEN)
