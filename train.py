@@ -1039,8 +1039,6 @@ def main(argv=None, agent_class=lm.LanguageAgent):
     try:
         with STATUS:
             run(argv, agent_class)
-        if WORLD > 1:
-            torch.distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         return complain("interrupted", 130)
