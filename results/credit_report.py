@@ -8,10 +8,6 @@ Differences are taken seed by seed against the family's reference. Intervals are
 
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 import credit
@@ -28,7 +24,7 @@ T_QUANTILES = {  # of .975, by degrees of freedom
     9: 2.262,
 }
 FEWEST_SEEDS = 5  # of a verdict
-COLORS = dict(zip(credit.ARMS, plt.get_cmap("tab10").colors))
+COLORS = {arm: f"C{i}" for i, arm in enumerate(credit.ARMS)}
 
 
 @dataclass(frozen=True)
@@ -262,9 +258,19 @@ def plot_points(axis, runs, family, games, name, title):
     axis.grid(alpha=0.3)
 
 
+def subplots(*args, **options):
+    """matplotlib's, without a display; imported here, as the statistics do without it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(*args, **options)
+
+
 def plot_answer(runs):
     """Success against horizon, by credit rule; and by game."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
+    figure, axes = subplots(1, 3, figsize=(14, 4.2))
     main = FAMILIES[0]
     plot_points(axes[0], runs, main, credit.KEY_GAMES, "final", "key and door: final success")
     plot_points(axes[1], runs, main, credit.KEY_GAMES, "area", "key and door: area")
@@ -285,7 +291,7 @@ def plot_curves(runs):
     """Mean success against iterations, a panel per game."""
     panels = [(FAMILIES[0], game) for game in credit.MAIN_GAMES]
     panels += [(FAMILIES[1], game) for game in credit.OTHER_GAMES]
-    figure, axes = plt.subplots(2, 4, figsize=(15, 7), sharey=True)
+    figure, axes = subplots(2, 4, figsize=(15, 7), sharey=True)
     for axis, (family, game) in zip(axes.flat, panels):
         for arm in family.arms:
             rows = list(reported(runs, family, game, arm).values())
