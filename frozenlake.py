@@ -55,22 +55,13 @@ def parse_action(text):
 
 
 @functools.lru_cache(65536)
-def render(tiles, columns, state, coordinates):
-    """phi: a state as a grid of symbols; with coordinates, below a line that names them."""
+def render(tiles, columns, state):
+    """phi: a state as a grid of symbols."""
     symbols = {"S": "_", "F": "_", "H": "O", "G": "G"}
     cells = [symbols[tile] for tile in tiles]
     cells[state] = "P"
     rows = [" ".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
-    grid = "\n".join(rows)
-    if not coordinates:
-        return grid
-
-    def places(symbol):
-        found = [divmod(i, columns) for i, cell in enumerate(cells) if cell == symbol]
-        return ", ".join(f"({row + 1}, {column + 1})" for row, column in found) or "none"
-
-    where = f"you: {places('P')}; holes: {places('O')}; goal: {places('G')}"
-    return f"(row, column) of {where}\n{grid}"
+    return "\n".join(rows)
 
 
 class FrozenLake:
@@ -82,7 +73,6 @@ class FrozenLake:
     max_steps        the horizon H
     rng              numpy Generator of everything random in the episode
     invalid_penalty  subtracted for an invalid answer, which moves nothing and uses a step
-    coordinates      name the positions above the grid
     think            ask for thoughts and a plan before the action
 
     Raises ValueError for what is no map, no probability or no horizon.
@@ -95,7 +85,6 @@ class FrozenLake:
         max_steps=8,
         rng=None,
         invalid_penalty=0.0,
-        coordinates=False,
         think=False,
     ):
         tiles = "".join(desc)
@@ -112,7 +101,6 @@ class FrozenLake:
         self.max_steps = max_steps
         self.rng = rng or np.random.default_rng()
         self.invalid_penalty = invalid_penalty
-        self.coordinates = coordinates
         self.think = think
         self.state = tiles.index("S")
         self.steps = 0
@@ -184,7 +172,7 @@ class FrozenLake:
 
     def observation(self):
         """phi: the current state as text, and nothing of the past."""
-        return render(self.tiles, self.columns, self.state, self.coordinates)
+        return render(self.tiles, self.columns, self.state)
 
 
 # Below: how maps are drawn and held out, and what evaluation compares with.

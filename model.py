@@ -611,10 +611,6 @@ def parse_json(data):
 
 # config.json
 
-SIZES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim""".split()
-NUMBERS = ["rms_norm_eps", "rope_theta"]
-FLAGS = ["tie_word_embeddings", "attention_bias", "mlp_bias"]
 LLAMA3_ROPE = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 SUPPORTED = {  # where a key is given, its value must be one of these
     "model_type": ("llama", "qwen2", "qwen3"),
@@ -648,6 +644,15 @@ def config_keys(data):
     return raw
 
 
+def check_number(key, value, kind):
+    """Refuses a value of a config's key that is not of its kind."""
+    if kind is bool:
+        ensure(type(value) is bool, f"{key} is {value!r:.99}, not true or false")
+    elif kind in (int, float):
+        good = type(value) in (int, kind) and 0 < value < 1e15  # to isinstance, True is an int
+        ensure(good, f"{key} is {value!r:.99}, not a positive number that fits")
+
+
 def check_config(raw):
     """Refuses what the Transformer does not do, naming the key and its value."""
     for key, values in SUPPORTED.items():
@@ -655,14 +660,9 @@ def check_config(raw):
         ensure(good, f"{key} {raw.get(key)!r:.99} is not supported (of this key: {values})")
     kinds = set(raw.get("layer_types", []))
     ensure(kinds <= {"full_attention"}, f"layer_types {kinds!r:.99} are not supported")
-    for key in SIZES + NUMBERS + LLAMA3_ROPE:
-        value = raw.get(key, 1)
-        kinds = (int,) if key in SIZES else (int, float)  # to isinstance, True is an int
-        good = type(value) in kinds and 0 < value < 1e15
-        ensure(good, f"{key} is {value!r:.99}, not a positive number that fits")
-    for key in FLAGS:
-        value = raw.get(key, False)
-        ensure(type(value) is bool, f"{key} is {value!r:.99}, not true or false")
+    kinds = {f.name: f.type for f in dataclasses.fields(Config)} | dict.fromkeys(LLAMA3_ROPE, float)
+    for key, value in raw.items():
+        check_number(key, value, kinds.get(key))
     ensure(raw["num_hidden_layers"] <= 1000, "num_hidden_layers is above 1000")
     rest = raw["num_attention_heads"] % raw["num_key_value_heads"]
     ensure(rest == 0, "num_key_value_heads does not divide num_attention_heads")
@@ -678,8 +678,8 @@ def parse_config(data):
         scaling = {"rope_type": "llama3"} | {key: raw[key] for key in LLAMA3_ROPE}
         rising = raw["low_freq_factor"] < raw["high_freq_factor"]
         ensure(rising, "high_freq_factor is not above low_freq_factor")
-    given = {key: raw[key] for key in SIZES + NUMBERS + FLAGS if key in raw}
-    return Config(raw["model_type"], rope_scaling=scaling, **given)
+    given = {f.name: raw[f.name] for f in dataclasses.fields(Config) if f.name in raw}
+    return Config(**given | {"rope_scaling": scaling})
 
 
 def end_token_ids(data):
@@ -962,7 +962,7 @@ def first_tokens(post_processor):
 # Two code points that are no characters, by Unicode's promise:
 QUOTE = "\ufdd0"  # breaks what spells a control token in a user's text
 CUT = "\ufdd1"  # stands where a prompt is cut into instructions and state
-STATES = ("P _", "_ P", "O P", "G P", "(row, column) of")  # how the game's states begin
+STATES = ("P _", "_ P", "O P", "G P")  # how the game's states begin
 
 
 def raise_exception(message):

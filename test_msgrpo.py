@@ -285,24 +285,16 @@ def test_instructions_name_the_probabilities_of_slips():
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_an_observation_tells_the_whole_state(name):
     size = SCENARIOS[name].size
-    lake = scenario_lake(name, coordinates=True)
+    lake = scenario_lake(name)
     for state, under_player in enumerate(lake.tiles):
         lake.state = state
-        where, grid = lake.observation().split("\n", 1)
+        grid = lake.observation()
         cells = grid.split()
         assert [len(row) for row in grid.split("\n")] == [2 * size - 1] * size
         assert cells.index("P") == state
         letters = {"_": "F", "O": "H", "G": "G", "P": under_player}
         tiles = "".join(letters[cell] for cell in cells)
         assert tiles.replace("S", "F") == lake.tiles.replace("S", "F")
-
-        places = re.findall(r"\((\d+), (\d+)\)", where)
-        named = [(int(row) - 1) * size + int(column) - 1 for row, column in places]
-        assert sorted(named) == [i for i, cell in enumerate(cells) if cell != "_"]
-
-        lake.coordinates = False
-        assert lake.observation() == grid
-        lake.coordinates = True
 
 
 @pytest.fixture(scope="module")
@@ -1602,7 +1594,6 @@ CHANGES = {  # for every setting flags that QUICK has not
     "scenario": "--scenario big",
     "max_steps": "--max-steps 3",
     "think": "--think",
-    "coordinates": "--coordinates",
     "eval_every": "--eval-every 1",
     "eval_episodes": "--eval-episodes 2",
     "groups": "--groups 2",
@@ -1791,7 +1782,7 @@ def test_a_checkpoint_of_another_make_is_trained_and_saved(checkpoint, tmp_path)
     (directory / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
 
     out = tmp_path / "run"
-    flags = "--iterations 1 --sampling all --entropy-coef 0.1 --learning-rate 1e-6 --coordinates"
+    flags = "--iterations 1 --sampling all --entropy-coef 0.1 --learning-rate 1e-6"
     assert start(directory, out, flags) == 0
     trained, its_tokenizer = lm.load_pretrained(out / "model")
     assert its_tokenizer.size < 999
@@ -2685,7 +2676,7 @@ def test_golden_prompts(name, that_day):
         assert "no chat template" not in tokenizer.describe_prompt()
 
 
-GAME_STATES = ["P _ O\n_ G _", "_ P\nO G", "O P\n_ G", "G P", "(row, column) of you: (1, 2)\nP _"]
+GAME_STATES = ["P _ O\n_ G _", "_ P\nO G", "O P\n_ G", "G P"]
 INSTRUCTIONS = ["Cross the lake.\nAnswer with <action>WORD</action>.", " go <think>", "12", ""]
 
 

@@ -68,7 +68,6 @@ class Settings:
     scenario: str = setting("noslip", "lakes to train on", choices=tuple(SCENARIOS))
     max_steps: int = setting(0, "of a training episode; 0: the scenario's")
     think: bool = setting(False, "ask for thoughts and a plan before the action")
-    coordinates: bool = setting(False, "name the positions above the grid")
     eval_every: int = setting(0, "iterations between evaluations on noslip; 0: at the end alone")
     eval_episodes: int = setting(1000, "most episodes of a scenario's evaluation", 1)
     checkpoint_every: int = setting(20, "iterations between states to resume from", 1)
@@ -107,7 +106,7 @@ class Settings:
         if scenario is None and self.max_steps:
             max_steps = self.max_steps
         rng = generator(*key)
-        options = (self.invalid_penalty, self.coordinates, self.think)
+        options = (self.invalid_penalty, self.think)
         return FrozenLake(desc, rules.success_rate, max_steps, rng, *options)
 
 
@@ -849,7 +848,7 @@ MODES = {
     "play": "watch a run or a model play a map that --seed chooses",
 }
 NUMERICS = {"device", "dtype", "threads", "micro_batch_tokens", "recompute"}
-VIEW = {"think", "coordinates", "max_new_tokens", "dtype", "device", "threads"}
+VIEW = {"think", "max_new_tokens", "dtype", "device", "threads"}
 TAKES = {  # settings that a mode takes; all others go with --tiny and --checkpoint alone
     "resume": NUMERICS | {"iterations", "eval_every", "eval_episodes", "checkpoint_every"},
     "eval": VIEW | {"eval_episodes"},
