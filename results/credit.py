@@ -57,10 +57,11 @@ Amended. (1) Before any reported run: .15 was added to the grid, as .05 had been
 on "key 10". (2) After seeds 500 to 504 of the key games: "key 40" is tuned on itself. It had been
 given what was best on "key 20"; there `to go` came out better than `whole episode`, with another
 entropy coefficient, and on a tuning seed that difference went with the coefficient, not with the
-arm. Runs with other settings than the tuned ones stay in runs.jsonl and out of the tables. (3) Before any run
-on a lake: the draw arms are not tuned, but take what was best for `whole episode` on "lake" (the
-arm `all`), which favours `all`; and the order below was changed, for want of time, so that what is
-cut last to first is "cost", the critic and the std in the main games, free answers, "slippery".
+arm. Runs with other settings than the tuned ones stay in runs.jsonl and out of the tables. (3)
+Before any run on a lake: the draw arms are not tuned, but take what was best for `whole episode` on
+"lake" (the arm `all`), which favours `all`; and the order below was changed, for want of time, so
+that what is cut last to first is "cost", the critic and the std in the main games, free answers,
+"slippery".
 
 Measures. Every ten iterations 100 held-out starts are played greedily: a share of successes (the
 door opened with the key, or the goal reached). Main: `area`, the mean of that share over the run
