@@ -1436,9 +1436,12 @@ def test_a_run_leaves_a_model_that_knows_where_an_answer_ends(warm):
 def test_a_run_and_its_model_are_evaluated_alike(what, warm, capsys):
     line = what.format(warm=warm)
     assert command(f"--eval {line} --eval-episodes 20 {CPU}") == 0
-    rows = re.findall(r"(?m)^(\w+) +success ([\d.]+) .* episodes (\d+)", capsys.readouterr().out)
+    shown = capsys.readouterr().out.splitlines()
+    header = shown.index(train.score_line("held out", train.SCORES.values()))
     scenarios = read_summary(warm)["scenarios"]
-    assert rows == [(name, f"{scenarios[name]['success']:.4g}", "20") for name in SCENARIOS]
+    rows = [line.split()[:2] for line in shown[header + 1 :]]
+    assert rows == [[name, f"{scenarios[name]['success']:.4f}"] for name in SCENARIOS]
+    assert all(scenarios[name]["episodes"] == 20 for name in SCENARIOS)
 
 
 def test_play_shows_a_game_on_a_held_out_map(warm, capsys):
@@ -1447,9 +1450,22 @@ def test_play_shows_a_game_on_a_held_out_map(warm, capsys):
     assert "6 rows" in shown
     assert "5 steps" in shown
     assert re.search(r"<action>.*the goal in \d steps", shown, re.DOTALL)
-    first_grid = re.findall(r"(?m)^[P_OG](?: [P_OG]){5}$", shown)[:6]
+    first_grid = re.findall(r"(?m)^[P_OG](?: [P_OG]){5}(?=    |$)", shown)[:6]
     tiles = str.maketrans({" ": "", "P": "S", "O": "H", "_": "F"})
     assert frozenlake.is_held_out([row.translate(tiles) for row in first_grid])
+
+
+def test_boards_stand_side_by_side_in_lines_of_100_columns(monkeypatch):
+    boards = [FrozenLake(MAPS["4x4"]).observation()] * 10
+    shown = train.side_by_side(boards)
+    lines = shown.splitlines()
+    assert max(len(line) for line in lines) <= 100
+    assert [lines[4].split(), lines[10].split()] == [[*"012345678"], ["9"]]
+    assert lines[0].split("    ") == ["P _ _ _"] * 9
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert train.paint("P _") == "\x1b[1;33mP\x1b[0m _"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert train.paint("P _") == "P _"
 
 
 def test_help_names_all_settings(capsys):

@@ -211,7 +211,7 @@ def evaluate(learner, name, greedy=True, limit=None):
         "episodes": len(maps),
     }
     figures |= mean_baselines(lakes, weights)
-    say(f"{name:12s}", *(f"{key} {value:<6.4g}" for key, value in figures.items()))
+    say(score_line(name, [f"{figures[key]:.4f}" for key in SCORES]))
     return figures
 
 
@@ -686,6 +686,23 @@ def progress_line(m, iterations, ends):
     return f"{line}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left"
 
 
+SCORES = {  # columns of the scoreboard
+    "success": "success",
+    "half_interval": "+-",
+    "unweighted": "each once",
+    "valid": "valid",
+    "random": "random",
+    "reflex1": "reflex1",
+    "reflex2": "reflex2",
+    "optimal": "optimal",
+}
+
+
+def score_line(name, cells):
+    """A line of the scoreboard: what is learned beside players who do not learn."""
+    return f"{name:12s}" + "".join(f"{cell:>10}" for cell in cells)
+
+
 def write(path, content):
     """Put a text, or what torch.save takes, in a file's place: whole or not at all."""
     if RANK > 0:
@@ -779,7 +796,7 @@ def start(learner, trainee, lake):
     prompt = learner.tokenizer.prompt(f"{lake.instructions}\n\n{lake.observation()}", lake.think)
     say(f"{parameters:,} parameters; {learner.tokenizer.describe_prompt()}. One, as it is read:\n")
     say(learner.tokenizer.decode(prompt) + "\n")
-    say("before MS-GRPO, sampled:")
+    say("before MS-GRPO, sampled, on held-out lakes:\n" + score_line("", SCORES.values()))
     limit = min(100, learner.settings.eval_episodes)
     before = evaluate(learner, "noslip", greedy=False, limit=limit)
     return {"before": before, "replay_pool": [], "history": []}
@@ -822,6 +839,7 @@ def finish(learner, out, state, clock):
 
 def evaluate_all(learner):
     """Evaluate every scenario, greedily: {scenario: figures}."""
+    say(score_line("held out", SCORES.values()))
     return {name: evaluate(learner, name) for name in SCENARIOS}
 
 
@@ -834,11 +852,36 @@ def play_one(learner):
     boards = [lake.observation()]
     episode = msgrpo.play(player, [lake], True, lambda *_: boards.append(lake.observation()))[0]
     say(f"\n{lake.instructions}\n")
-    for board, step in zip(boards, episode):
+    for t, step in enumerate(episode):
         remark = "" if step.valid else "  (invalid: no move)"
-        say(f"{board}\n{step.answer.text}{remark}\n")
+        say(f"{t + 1}. {step.answer.text}{remark}")
+    say(f"\n{side_by_side(boards)}")
     outcome = "reached" if lake.success else "missed"
-    say(f"{boards[-1]}\n{outcome} the goal in {lake.steps} steps\n")
+    say(f"{outcome} the goal in {lake.steps} steps\n")
+
+
+COLOURS = {"P": 33, "O": 34, "G": 32}  # yellow, blue, green
+
+
+def side_by_side(boards):
+    """Boards as a strip of pictures, each with its number below, in lines of 100 columns."""
+    width = boards[0].index("\n")
+    a_line = 100 // (width + 4)
+    lines = []
+    for first in range(0, len(boards), a_line):
+        part = boards[first : first + a_line]
+        lines += [paint("    ".join(cells)) for cells in zip(*map(str.splitlines, part))]
+        lines += ["    ".join(f"{first + i:<{width}}" for i in range(len(part))), ""]
+    return "\n".join(lines)
+
+
+def paint(text):
+    """The game's symbols in colours, on a terminal where NO_COLOR is not set."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    for symbol, colour in COLOURS.items():
+        text = text.replace(symbol, f"\x1b[1;{colour}m{symbol}\x1b[0m")
+    return text
 
 
 MODES = {
