@@ -9,6 +9,7 @@ of names.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import time
@@ -22,11 +23,14 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from msgrpo import Answer
 
-TABLE_ELEMENTS = 2**26  # of one table over the vocabulary while scoring: 256 MiB in float32
+# Scoring makes its tables over the vocabulary for so many tokens at a time
+SLICE_ROWS = 256  # or more, where such a table has
+SLICE_ELEMENTS = 2**24  # at most: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -49,22 +53,19 @@ class Config:
     rope_scaling: dict | None = None  # Llama 3's
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / rms(x), computed in float32 and cast back, times the weight."""
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
-
-
 def rotary(config, positions, dtype):
-    """cos and sin of the angles of positions (batch, time); each (batch, 1, time, head_dim)."""
+    """cos and sin of the angles of positions (batch, time); each (batch, time, 1, head_dim).
+
+    The sines of the first half are negative, as `rotate` needs them.
+    """
     steps = torch.arange(0, config.head_dim, 2, device=positions.device).float()
     frequencies = config.rope_theta ** -(steps / config.head_dim)  # (head_dim / 2,)
     if config.rope_scaling:
         frequencies = scale_frequencies(frequencies, config.rope_scaling)
-    angles = positions[:, None, :, None] * frequencies
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[:, :, None, None] * frequencies
+    cos = torch.cat([angles.cos(), angles.cos()], -1)
+    sin = torch.cat([-angles.sin(), angles.sin()], -1)
+    return cos.to(dtype), sin.to(dtype)
 
 
 def scale_frequencies(frequencies, scaling):
@@ -77,38 +78,19 @@ def scale_frequencies(frequencies, scaling):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions in these weights' split-halves form: x (batch, heads, time, head_dim)."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    """Rotary positions in these weights' split-halves form: x (batch, time, heads, head_dim)."""
+    swapped = x.roll(x.shape[-1] // 2, -1)  # the second half first
+    return torch.addcmul(x * cos, swapped, sin)
 
 
-def attention_mask(config, positions, slots, dtype):
-    """What `attention` adds to its scores: 0 where a token sees a slot, -inf elsewhere.
+def causal_attention(q, k, v):
+    """Grouped-query attention, in which the last query sees all keys, the one before all but one...
 
-    A token's slot is its position, and it sees all slots up to its own. positions (batch or 1,
-    time) -> (batch or 1, 1, heads of a group * time, slots): repeated for each head of a group, as
-    `attention` lays these heads one behind the other.
+    q (batch, heads, time, head_dim), k and v (batch, groups, slots, head_dim) -> as q. The heads of
+    a group share keys and values.
     """
-    visible = torch.arange(slots, device=positions.device) <= positions[:, :, None]
-    mask = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
-    mask = mask.masked_fill(~visible, -torch.inf)  # (batch, time, slots)
-    heads_of_a_group = config.num_attention_heads // config.num_key_value_heads
-    return mask.repeat(1, heads_of_a_group, 1)[:, None]
-
-
-def attention(q, k, v, mask):
-    """Grouped-query attention: the heads of a group share keys and values.
-
-    q (batch, heads, time, head_dim), k and v (batch, groups, slots, head_dim) -> (batch, time,
-    width). A group's heads are laid behind each other in time, as if they were one head with more
-    queries.
-    """
-    batch, heads, time, head_dim = q.shape
-    groups = k.shape[1]
-    q = q.reshape(batch, groups, heads // groups * time, head_dim)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = out.reshape(batch, heads, time, head_dim)
-    return out.transpose(1, 2).flatten(2)
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 class Attention(nn.Module):
@@ -124,25 +106,26 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, kv_width, bias=qkv_bias)
         self.v_proj = nn.Linear(width, kv_width, bias=qkv_bias)
         self.o_proj = nn.Linear(q_width, width, bias=config.attention_bias)
-        norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
+        norm = nn.RMSNorm if config.model_type == "qwen3" else nn.Identity
         self.q_norm = norm(config.head_dim, config.rms_norm_eps)
         self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, past):
+    def forward(self, x, cos, sin, past):
         """x (batch, time, width) -> the same shape, and the tokens' own keys and values."""
-        q = self.heads(self.q_proj(x))  # (batch, heads, time, head_dim)
-        k = self.heads(self.k_proj(x))  # (batch, groups, time, head_dim)
-        v = self.heads(self.v_proj(x))  # (batch, groups, time, head_dim)
-        q = rotate(self.q_norm(q), cos, sin)
-        k = rotate(self.k_norm(k), cos, sin)
-        all_k = k
-        all_v = v
-        if past is not None:
-            all_k, all_v = past.extend(self.layer, k, v)  # (batch, groups, slots, head_dim)
-        return self.o_proj(attention(q, all_k, all_v, mask)), k, v
+        q = self.heads(self.q_proj(x))  # (batch, time, heads, head_dim)
+        k = self.heads(self.k_proj(x))  # (batch, time, groups, head_dim)
+        v = self.heads(self.v_proj(x))  # (batch, time, groups, head_dim)
+        q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (batch, heads, time, head_dim)
+        k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (batch, groups, time, head_dim)
+        v = v.transpose(1, 2)  # (batch, groups, time, head_dim)
+        if past is None:
+            out = causal_attention(q, k, v)
+        else:
+            out = past.attend(self.layer, q, k, v)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), k, v
 
     def heads(self, x):
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        return x.unflatten(2, (-1, self.head_dim))
 
 
 class MLP(nn.Module):
@@ -165,11 +148,11 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, past):
-        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
+    def forward(self, x, cos, sin, past):
+        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, past)
         x = x + attended
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, k, v
@@ -185,7 +168,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids, positions, past=None):
         """ids (batch, time), positions (batch or 1, time) -> hidden states (batch, time, width).
@@ -195,16 +178,13 @@ class Decoder(nn.Module):
         """
         x = self.embed_tokens(ids)
         cos, sin = rotary(self.config, positions, x.dtype)
-        time = ids.shape[1]
-        slots = time if past is None else past.slots(time)
-        mask = attention_mask(self.config, positions, slots, x.dtype)
         recompute = self.recompute and torch.is_grad_enabled()
         keys_values = []
         for layer in self.layers:
             if recompute:
-                x, k, v = checkpoint(layer, x, cos, sin, mask, past, use_reentrant=False)
+                x, k, v = checkpoint(layer, x, cos, sin, past, use_reentrant=False)
             else:
-                x, k, v = layer(x, cos, sin, mask, past)
+                x, k, v = layer(x, cos, sin, past)
             keys_values.append((k, v))
         return self.norm(x), keys_values
 
@@ -241,7 +221,7 @@ class Transformer(nn.Module):
 
         A model may have rows beyond its tokenizer's tokens. They take no part.
         """
-        return (self.head(x)[:, :size].float() / temperature).log_softmax(-1)
+        return self.head(x / temperature)[:, :size].float().log_softmax(-1)
 
     def token_logprobs(self, x, targets, size, temperature):
         """Log-probabilities of targets (tokens,) after x (tokens, width), and entropies.
@@ -253,11 +233,12 @@ class Transformer(nn.Module):
         def one_slice(x, targets):
             table = self.log_probabilities(x, size, temperature)
             logprobs = table.gather(1, targets[:, None])[:, 0]
-            # A fork may mask tokens by -inf: 0 * -inf would be nan
-            entropies = -(table.exp() * table.clamp(min=-1e4)).sum(-1)
+            p = table.exp()
+            # xlogy(p, p) is p log p, and 0 where p is. log p moves p log p by dp, whose sum is 0
+            entropies = -torch.xlogy(p, p.detach()).sum(-1)
             return logprobs, entropies
 
-        rows = max(1, TABLE_ELEMENTS // size)
+        rows = max(SLICE_ROWS, SLICE_ELEMENTS // size)
         if len(targets) <= rows:
             return one_slice(x, targets)
         slices = zip(x.split(rows), targets.split(rows))
@@ -278,16 +259,13 @@ class Prefix:
     def __len__(self):
         return self.keys_values[0][0].shape[2]
 
-    def slots(self, time):
-        return len(self) + time
-
-    def extend(self, layer, k, v):
-        """The rows' own k, v (batch, groups, time, head_dim), behind those of the instructions."""
+    def attend(self, layer, q, k, v):
+        """`causal_attention` of rows, whose tokens stand behind the instructions."""
         prefix_k, prefix_v = self.keys_values[layer]
         batch = k.shape[0]
         k = torch.cat([prefix_k.expand(batch, -1, -1, -1), k], 2)
         v = torch.cat([prefix_v.expand(batch, -1, -1, -1), v], 2)
-        return k, v
+        return causal_attention(q, k, v)
 
 
 class Cache:
@@ -308,7 +286,8 @@ class Cache:
         lengths (prompts,): their tokens, without padding. rows (answers,): which prompt each answer
         continues.
         """
-        self.size = len(prefix) + prompts[0][0].shape[2] + new_tokens
+        size = len(prefix) + prompts[0][0].shape[2] + new_tokens
+        self.size = math.ceil(size / 16) * 16  # else each layer's attention would pad the mask
         self.positions = len(prefix) + lengths[rows] - 1  # (answers,) of the last token so far
         self.every = torch.arange(len(rows), device=rows.device)
         self.keys_values = [
@@ -324,21 +303,35 @@ class Cache:
         slots[:, :, start : start + width] = of_prompts[rows]
         return slots
 
-    def slots(self, time):
-        return self.size
+    def advance(self):
+        """Go on to the next token: its position, and the mask that lets it see the slots so far."""
+        self.positions += 1
+        keys = self.keys_values[0][0]  # (answers, groups, slots, head_dim)
+        slots = torch.arange(self.size, device=keys.device)
+        is_later = slots > self.positions[:, None]  # (answers, slots)
+        mask = torch.zeros(is_later.shape, dtype=keys.dtype, device=keys.device)
+        mask = mask.masked_fill(is_later, -torch.inf)
+        self.mask = mask.repeat_interleave(keys.shape[1], 0)[:, None, None]
 
-    def extend(self, layer, k, v):
-        """Write a new token's k and v (answers, groups, 1, head_dim); returns all slots'."""
+    def attend(self, layer, q, k, v):
+        """Write a new token's k and v (answers, groups, 1, head_dim), and attend to all slots.
+
+        q (answers, heads, 1, head_dim) -> the same shape. A group is run as if it were an answer
+        with a single head, and its heads as if they were tokens: so no key is copied.
+        """
         all_k, all_v = self.keys_values[layer]
         all_k[self.every, :, self.positions] = k[:, :, 0]
         all_v[self.every, :, self.positions] = v[:, :, 0]
-        return all_k, all_v
+        all_k = all_k.flatten(0, 1)[:, None]  # (answers * groups, 1, slots, head_dim)
+        all_v = all_v.flatten(0, 1)[:, None]
+        heads = q.reshape(len(all_k), 1, -1, q.shape[3])  # (..., 1, heads of a group, head_dim)
+        out = F.scaled_dot_product_attention(heads, all_k, all_v, attn_mask=self.mask)
+        return out.reshape(q.shape)
 
     def take(self, rows):
         """Keep these answers, in this order."""
-        for layer, (k, v) in enumerate(
-            self.keys_values
-        ):  # so that one layer is held twice, not all
+        # In a loop, so that one layer is held twice, not all
+        for layer, (k, v) in enumerate(self.keys_values):
             self.keys_values[layer] = k[rows], v[rows]
         self.positions = self.positions[rows]
         self.every = self.every[: len(rows)]
@@ -455,7 +448,7 @@ class LanguageAgent:
                 else:
                     cache.take(kept)
                 step = capture(self.read_token, token, cache) if self.captures else self.read_token
-            table = self.table(step(token, cache))
+            table = step(token, cache)
         return self.answers(prompts, tokens.tolist(), logprobs.tolist())
 
     def should_shrink(self, going, running):
@@ -470,10 +463,10 @@ class LanguageAgent:
         return self.table(last), keys_values, lengths
 
     def read_token(self, token, cache):
-        """Run the next token (answers,) of each answer: hidden states (answers, width)."""
-        cache.positions += 1
+        """Run the next token (answers,) of each answer: the table of the one after it."""
+        cache.advance()
         x, _ = self.model.hidden(token[:, None], cache.positions[:, None], cache)
-        return x[:, 0]
+        return self.table(x[:, 0])
 
     def answers(self, prompts, tokens, logprobs):
         """Answers of the sampled tokens, whose rows end in -1 where the answer ended earlier."""
@@ -532,12 +525,12 @@ def capture(step, token, cache):
     cache.positions -= 1  # take that step back; its slot is written again
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        x = step(static_token, cache)
+        table = step(static_token, cache)
 
     def replay(token, cache):
         static_token.copy_(token)
         graph.replay()
-        return x
+        return table
 
     return replay
 

@@ -953,8 +953,33 @@ def test_answers_are_those_of_a_loop_without_cache(name, greedy):
             ids.append(token)
 
 
-@pytest.mark.parametrize("elements, slices", [(1, 23), (27, 8), (9 * 22, 2), (9 * 23, 0)])
-def test_log_probabilities_in_slices_are_those_of_one_table(elements, slices, monkeypatch):
+@pytest.mark.parametrize("time, slots", [(5, 5), (5, 12), (1, 12)])
+@pytest.mark.parametrize(
+    "device, dtype, gap", [("cpu", "float32", 1e-5), ("cuda", "bfloat16", 0.02)]
+)
+def test_causal_attention_is_its_formula_in_value_and_gradient(time, slots, device, dtype, gap):
+    """On a GPU, by the kernels that training in bfloat16 takes."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    torch.manual_seed(0)
+    shapes = [(3, 4, time, 16), (3, 2, slots, 16), (3, 2, slots, 16)]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    weights = torch.randn(shapes[0])
+    q, k, v = inputs
+    scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) / 4
+    is_later = torch.arange(slots) > slots - time + torch.arange(time)[:, None]
+    expected = scores.masked_fill(is_later, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
+
+    moved = [x.to(device, getattr(torch, dtype)) for x in inputs]
+    found = lm.causal_attention(*moved).cpu().float()
+    gradients = torch.autograd.grad((found * weights).sum(), inputs)
+    for x, y in zip((found, *gradients), (expected, *expected_gradients), strict=True):
+        assert (x - y).norm() <= gap * y.norm()
+
+
+@pytest.mark.parametrize("rows, slices", [(1, 23), (3, 8), (22, 2), (23, 0)])
+def test_log_probabilities_in_slices_are_those_of_one_table(rows, slices, monkeypatch):
     model = corridor_agent().model
     torch.manual_seed(1)
     x = torch.randn(23, 16, requires_grad=True)
@@ -972,7 +997,8 @@ def test_log_probabilities_in_slices_are_those_of_one_table(elements, slices, mo
     torch.testing.assert_close(whole[0], table[range(23), targets])
     torch.testing.assert_close(whole[1], -(table.exp() * table).sum(-1))
 
-    monkeypatch.setattr(lm, "TABLE_ELEMENTS", elements)
+    monkeypatch.setattr(lm, "SLICE_ROWS", rows)
+    monkeypatch.setattr(lm, "SLICE_ELEMENTS", 1)
     again = watch_checkpoints(monkeypatch)
     for found, expected in zip(with_gradient(), whole, strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm()

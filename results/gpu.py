@@ -15,6 +15,9 @@ recipe   three iterations at Qwen2.5-3B's shape as `train.py --think --recompute
 bench    rollouts and updates beside transformers, as in bench.py, recomputing on both sides; the
          share of the matrix peak that updates reach, attention left out, and of the bandwidth that
          decoding reaches where it reads all weights for each token
+profile  the 25 kernels that take longest in one update and in one step of sampling, 32 answers of
+         256 tokens at 3B's shape; seconds to capture such a step; memory in use after an update's
+         forward pass and at its peak
 suite    the tests
 train    results/smollm2.py on --checkpoint, for as long as the part may last
 """
@@ -56,6 +59,7 @@ LIMITS = {  # seconds that a part may take; it runs in this order
     "bench 3b 256 256": 90,
     "bench 0.5b 256 8": 40,
     "bench smollm2 256 8": 40,
+    "profile": 40,
     "suite": 150,
     "train": 150,
 }
@@ -217,8 +221,8 @@ def prediction(c, settings, args, player, lake):
     return memory.estimate(c, sizes)["total"] / GIB
 
 
-def bench_part(args, shape, rows, new):
-    """Rollouts and updates of both sides; each figure is reported as soon as it is there."""
+def make_work(args, shape, rows, new):
+    """Our side of `bench.py` with random weights, prompts of a game, and answers to them."""
     c = config(shape, args.smoke)
     if args.smoke:
         rows = 8
@@ -229,9 +233,14 @@ def bench_part(args, shape, rows, new):
     prompts = [tuple(words.suffix(lake.observation())) for lake in lakes]
     work = {"recompute": True, "new": new, "prefix": words.prefix(lakes[0].instructions)}
     ours = bench.Ours(model, work)
-    answers = bench.make_answers(ours, prompts)
+    return ours, work, prompts, bench.make_answers(ours, prompts)
+
+
+def bench_part(args, shape, rows, new):
+    """Rollouts and updates of both sides; each figure is reported as soon as it is there."""
+    ours, work, prompts, answers = make_work(args, shape, rows, new)
     bench_side(args, ours, prompts, answers)
-    bench_side(args, bench.Theirs(model, work), prompts, answers)
+    bench_side(args, bench.Theirs(ours.model, work), prompts, answers)
 
 
 def bench_side(args, side, prompts, answers):
@@ -273,6 +282,78 @@ def work_of(side, what, prompts):
     responses = len(prompts) * side.new
     in_layers = 6 * (weights - embeddings) * (prompt_tokens + responses)
     return {"operations": in_layers + 6 * embeddings * responses}
+
+
+def profile(args):
+    """Where the time of an update and of a step of sampling goes."""
+    ours, _, prompts, answers = make_work(args, "3b", 32, 256)
+    report_kernels(args, "update", lambda: bench.new_update(ours, answers))
+    ours.model.zero_grad()
+    report_memory(args, ours.agent, answers)
+    ours.model.zero_grad()
+    with torch.no_grad():
+        step = make_step(ours.agent, prompts)
+        report_kernels(args, "step", step)
+        report(step=best_of(step, 20))
+
+
+def make_step(agent, prompts):
+    """A call that runs one step of sampling again and again; reports the seconds of a capture."""
+    distinct = list(dict.fromkeys(prompts))
+    rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=agent.device)
+    table, keys_values, lengths = agent.read_prompts(distinct)
+    cache = lm.Cache(agent.prefix, keys_values, lengths, rows, agent.max_new_tokens)
+    token = lm.sample(table[rows], None)
+    uniforms = torch.rand(len(prompts), device=agent.device)
+    read_token = agent.read_token
+    if agent.captures:
+        start = time.perf_counter()
+        read_token = lm.capture(agent.read_token, token, cache)
+        bench.wait_for_gpu()
+        report(capture=time.perf_counter() - start)
+
+    def step():
+        lm.sample(read_token(token, cache), uniforms)
+        cache.positions -= 1  # take it back: there is room for any number of steps
+
+    return step
+
+
+def report_kernels(args, what, call):
+    """The kernels (on a CPU, operators) that take most of the second of two calls."""
+    call()
+    bench.wait_for_gpu()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if args.device != "cpu":
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        bench.wait_for_gpu()
+    seconds = {}
+    for event in profiler.key_averages():
+        own = event.self_cpu_time_total if args.device == "cpu" else event.self_device_time_total
+        seconds[event.key] = (own / 1e6, event.count)
+    total = sum(own for own, _ in seconds.values())
+    count = sum(times for _, times in seconds.values())
+    report(of=what, seconds=total, kernels=count)
+    for name, (own, times) in sorted(seconds.items(), key=lambda item: -item[1][0])[:25]:
+        report(of=what, seconds=own, calls=times, kernel=name[:150])
+
+
+def report_memory(args, agent, answers):
+    """GiB that an update needs beyond what was there, forward pass and backward pass."""
+    if args.device == "cpu":
+        return
+    forget_peak(args)
+    before = torch.cuda.memory_allocated() / GIB
+    logprobs, _ = agent.score(answers)
+    kept = torch.cuda.memory_allocated() / GIB - before
+    forward = peak_memory(args)[0] - before
+    torch.cuda.reset_peak_memory_stats()
+    logprobs.sum().backward()
+    backward = peak_memory(args)[0] - before
+    gradients = torch.cuda.memory_allocated() / GIB - before
+    report(kept=kept, forward_peak=forward, backward_peak=backward, gradients=gradients)
 
 
 def suite(args):
@@ -321,7 +402,8 @@ def run_part(name, args):
         shape, rows, new = sizes
         bench_part(args, shape, int(rows), int(new))
     else:
-        parts = {"peaks": peaks, "recipe": recipe, "suite": suite, "train": train_part}
+        parts = {"peaks": peaks, "recipe": recipe, "profile": profile, "suite": suite}
+        parts["train"] = train_part
         parts[kind](args)
 
 

@@ -50,11 +50,11 @@ FLAGS = {  # name: default and meaning
     "micro-batch-tokens": (16384, "as in train.py"),
     "processes": (1, "that share the float32 state"),
 }
-CHECKS = [  # slice: the logarithm of model.TABLE_ELEMENTS
-    {"hidden_size": 384, "num_hidden_layers": 4, "new": 16, "slice": 26},
-    {"hidden_size": 384, "num_hidden_layers": 4, "new": 64, "slice": 22, "recompute": True},
-    {"hidden_size": 256, "num_hidden_layers": 8, "new": 64, "slice": 22},
-    {"hidden_size": 256, "num_hidden_layers": 8, "new": 128, "slice": 23, "recompute": True},
+CHECKS = [  # slice: tokens of a table over the vocabulary
+    {"hidden_size": 384, "num_hidden_layers": 4, "new": 16, "slice": 4096},
+    {"hidden_size": 384, "num_hidden_layers": 4, "new": 64, "slice": 256, "recompute": True},
+    {"hidden_size": 256, "num_hidden_layers": 8, "new": 64, "slice": 256},
+    {"hidden_size": 256, "num_hidden_layers": 8, "new": 128, "slice": 512, "recompute": True},
 ]
 
 
@@ -91,7 +91,8 @@ def update(c, args):
     kept += 3 * tokens * c.hidden_size  # the last norm
 
     head = c.vocab_size * c.hidden_size  # its gradient in the numbers of the pass
-    elements = min(rows * args.new * c.vocab_size, lm.TABLE_ELEMENTS)  # of a slice's table
+    at_once = max(lm.SLICE_ROWS, lm.SLICE_ELEMENTS // c.vocab_size)  # tokens of a slice
+    elements = min(rows * args.new, at_once) * c.vocab_size  # of a slice's table
     tables = 6 * 4 * elements  # logits, log-probabilities, their exp, gradients
     at_the_head = tables + args.size * head
     in_a_layer = args.size * backward
@@ -169,7 +170,8 @@ def check_case(case, args):
     args.eval_episodes = 8
     args.steps = 3  # at least two full micro-batches: in the second one, gradients are there
     args.micro_batch_tokens = 1500
-    lm.TABLE_ELEMENTS = 2 ** case["slice"]
+    lm.SLICE_ROWS = case["slice"]
+    lm.SLICE_ELEMENTS = 1
     width = case["hidden_size"]
     c = lm.Config("llama", 16384, width, 3 * width, case["num_hidden_layers"], 8, 2, width // 8)
     predicted = estimate(c, args)["total"]
