@@ -178,11 +178,13 @@ class Decoder(nn.Module):
         """
         x = self.embed_tokens(ids)
         cos, sin = rotary(self.config, positions, x.dtype)
-        recompute = self.recompute and torch.is_grad_enabled()
+        # Without a past there are the instructions alone, which are short: they are kept
+        recompute = self.recompute and torch.is_grad_enabled() and past is not None
+        options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
         keys_values = []
         for layer in self.layers:
             if recompute:
-                x, k, v = checkpoint(layer, x, cos, sin, past, use_reentrant=False)
+                x, k, v = checkpoint(layer, x, cos, sin, past, **options)
             else:
                 x, k, v = layer(x, cos, sin, past)
             keys_values.append((k, v))
@@ -213,38 +215,30 @@ class Transformer(nn.Module):
 
     def head(self, x):
         """Hidden states (..., width) -> logits (..., vocabulary)."""
+        return F.linear(x, self.head_weight())
+
+    def head_weight(self):
         layer = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(x, layer.weight)
+        return layer.weight
 
     def log_probabilities(self, x, size, temperature):
         """Of the first `size` tokens, next after hidden states x (rows, width): (rows, size).
 
         A model may have rows beyond its tokenizer's tokens. They take no part.
         """
-        return self.head(x / temperature)[:, :size].float().log_softmax(-1)
+        return log_probabilities(x, self.head_weight()[:size], temperature)
 
     def token_logprobs(self, x, targets, size, temperature):
         """Log-probabilities of targets (tokens,) after x (tokens, width), and entropies.
 
-        Exact, in slices of tokens: tables over the vocabulary can take more memory than the rest of
-        an update. Those of one slice exist at a time, and the backward pass computes them again.
+        Those of `log_probabilities`, though no whole table is ever there.
         """
+        return TokenLogprobs.apply(x, self.head_weight()[:size], targets, temperature)
 
-        def one_slice(x, targets):
-            table = self.log_probabilities(x, size, temperature)
-            logprobs = table.gather(1, targets[:, None])[:, 0]
-            p = table.exp()
-            # xlogy(p, p) is p log p, and 0 where p is. log p moves p log p by dp, whose sum is 0
-            entropies = -torch.xlogy(p, p.detach()).sum(-1)
-            return logprobs, entropies
 
-        rows = max(SLICE_ROWS, SLICE_ELEMENTS // size)
-        if len(targets) <= rows:
-            return one_slice(x, targets)
-        slices = zip(x.split(rows), targets.split(rows))
-        parts = [checkpoint(one_slice, *part, use_reentrant=False) for part in slices]
-        logprobs, entropies = zip(*parts)
-        return torch.cat(logprobs), torch.cat(entropies)
+def log_probabilities(x, weight, temperature):
+    """Of the next tokens: hidden states x (rows, width), weight (size, width) -> (rows, size)."""
+    return F.linear(x / temperature, weight).float().log_softmax(-1)
 
 
 class Prefix:
@@ -512,6 +506,53 @@ def bfloat16_is_fast(device):
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported()
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log p of target tokens, and entropies H of their distributions, with gradient by hand.
+
+    Of logits z = W x / T and p = softmax z:
+
+        d log p(target) / dz = 1[target] - p        dH / dz = -p (log p + H)
+
+    A table over the vocabulary can take more memory than the rest of an update. So tables exist for
+    a slice of the tokens at a time, and the backward pass makes them again. (So do Liger's and
+    cut-cross-entropy's losses.)
+    """
+
+    @staticmethod
+    def slices(weight, tokens):
+        rows = max(SLICE_ROWS, SLICE_ELEMENTS // len(weight))
+        return [slice(i, i + rows) for i in range(0, tokens, rows)]
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, temperature):
+        logprobs = x.new_empty(len(x), dtype=torch.float32)
+        entropies = torch.empty_like(logprobs)
+        for part in TokenLogprobs.slices(weight, len(x)):
+            table = log_probabilities(x[part], weight, temperature)
+            logprobs[part] = table.gather(1, targets[part, None])[:, 0]
+            entropies[part] = torch.special.entr(table.exp()).sum(-1)
+        ctx.save_for_backward(x, weight, targets, entropies)
+        ctx.temperature = temperature
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, of_logprobs, of_entropies):
+        x, weight, targets, entropies = ctx.saved_tensors
+        of_x = torch.empty_like(x)
+        of_weight = torch.zeros_like(weight)
+        for part in TokenLogprobs.slices(weight, len(x)):
+            table = log_probabilities(x[part], weight, ctx.temperature)
+            p = table.exp()
+            # -p of_logprobs - p (log p + H) of_entropies, in place
+            of_z = table.add_(entropies[part, None]).mul_(of_entropies[part, None])
+            of_z.add_(of_logprobs[part, None]).mul_(p).neg_()
+            of_z.scatter_add_(1, targets[part, None], of_logprobs[part, None])
+            of_z = (of_z / ctx.temperature).to(x.dtype)
+            of_x[part] = of_z @ weight
+            of_weight.addmm_(of_z.T, x[part])
+        return of_x, of_weight, None, None
 
 
 def capture(step, token, cache):
