@@ -689,18 +689,19 @@ def progress_line(m, iterations, ends):
 SCORES = {  # columns of the scoreboard
     "success": "success",
     "half_interval": "+-",
-    "unweighted": "each once",
+    "unweighted": "each map",
     "valid": "valid",
     "random": "random",
     "reflex1": "reflex1",
     "reflex2": "reflex2",
+    "reflex3": "reflex3",
     "optimal": "optimal",
 }
 
 
 def score_line(name, cells):
     """A line of the scoreboard: what is learned beside players who do not learn."""
-    return f"{name:12s}" + "".join(f"{cell:>10}" for cell in cells)
+    return f"{name:12s}" + "".join(f"{cell:>9}" for cell in cells)
 
 
 def write(path, content):
