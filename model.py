@@ -32,6 +32,8 @@ from msgrpo import Answer
 # float32. A GPU is slow where a slice has few tokens
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
+CHUNK = 1024  # tokens; `sample` finds the chunk first
+
 
 @dataclass(frozen=True)
 class Config:
@@ -348,10 +350,23 @@ def sample(table, uniforms):
     """
     if uniforms is None:
         return table.argmax(-1)
-    cumulative = table.exp().cumsum(-1)
+    # First the chunk, then the token in it: sums along the whole table would take a GPU long
+    missing = -table.shape[1] % CHUNK
+    chunks = F.pad(table.exp(), (0, missing)).unflatten(1, (-1, CHUNK))  # (rows, chunks, CHUNK)
+    cumulative = chunks.sum(2).cumsum(1)  # (rows, chunks)
     thresholds = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
-    return tokens.clamp(max=table.shape[1] - 1)
+    chunk = passed(cumulative, thresholds)  # (rows, 1)
+    before = F.pad(cumulative, (1, 0)).gather(1, chunk)
+    inside = chunks.take_along_dim(chunk[:, :, None], 1)[:, 0].cumsum(1)  # (rows, CHUNK)
+    last = inside[:, -1:].nextafter(torch.zeros_like(before))  # what rounding might exceed
+    token = chunk * CHUNK + passed(inside, torch.minimum(thresholds - before, last))
+    return token[:, 0]
+
+
+def passed(cumulative, thresholds):
+    """Where rows of ascending sums first exceed their threshold (rows, 1): (rows, 1)."""
+    found = torch.searchsorted(cumulative, thresholds, right=True)
+    return found.clamp(max=cumulative.shape[1] - 1)
 
 
 def pad(rows, value):
@@ -527,7 +542,8 @@ class Tree:
             paths.append(path[1:])
         ids = instructions + [token for _, token in nodes]
         paths = pad(paths, 0)  # (texts, longest)
-        place_of = {node: place for place, node in enumerate(sum(paths, []))}
+        flat = [node for path in paths for node in path]
+        place_of = {node: place for place, node in enumerate(flat)}
         places = [place_of[node] for node in nodes.values()]
 
         self.ids = torch.tensor([ids], device=device)
@@ -542,7 +558,8 @@ class Tree:
         """`causal_attention` of each node: q (1, heads, instructions and nodes, head_dim)."""
         shared = self.attend_at(self.shared, self.shared, q, k, v)
         out = self.attend_at(self.paths, self.slots, q, k, v)
-        out = out.transpose(1, 2).flatten(0, 1)[self.places]  # (nodes, heads, head_dim)
+        out = out.transpose(1, 2).flatten(0, 1)  # (texts * longest, heads, head_dim)
+        out = out.index_select(0, self.places)  # (nodes, heads, head_dim)
         return torch.cat([shared, out.transpose(0, 1)[None]], 2)
 
     def attend_at(self, nodes, slots, q, k, v):
@@ -606,11 +623,11 @@ class TokenLogprobs(torch.autograd.Function):
         for part in TokenLogprobs.slices(x, ctx.size):
             table = log_probabilities(x[part], weight, ctx.temperature)
             p = table.exp()
-            # -p of_logprobs - p (log p + H) of_entropies, in place
-            of_z = table.add_(entropies[part, None]).mul_(of_entropies[part, None])
-            of_z.add_(of_logprobs[part, None]).mul_(p).neg_()
-            of_z.scatter_add_(1, targets[part, None], of_logprobs[part, None])
-            of_z = (of_z / ctx.temperature).to(x.dtype)
+            a = of_logprobs[part, None] / ctx.temperature
+            b = of_entropies[part, None] / ctx.temperature
+            # a (1[target] - p) - b p (log p + H), in few passes over the table
+            of_z = torch.addcmul(-a - b * entropies[part, None], table, -b).mul_(p)
+            of_z = of_z.scatter_add_(1, targets[part, None], a).to(x.dtype)
             of_x[part] = of_z @ weight
             of_weight[: ctx.size].addmm_(of_z.T, x[part])
         return of_x, of_weight, None, None, None
