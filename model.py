@@ -132,8 +132,14 @@ class Attention(nn.Module):
 
 def again(function, *inputs):
     """function(*inputs), of which the backward pass computes what is inside again: for memory."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
     # Nothing here is random
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def once(function, *inputs):
+    return function(*inputs)
 
 
 class MLP(nn.Module):
@@ -147,10 +153,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, width, bias=config.mlp_bias)
 
-    def forward(self, x, recompute):
-        gate = self.gate_proj(x)
-        up = self.up_proj(x)
-        return again(self.down, gate, up) if recompute else self.down(gate, up)
+    def forward(self, x, run):
+        return run(self.down, self.gate_proj(x), self.up_proj(x))
 
     def down(self, gate, up):
         return self.down_proj(F.silu(gate) * up)
@@ -164,17 +168,20 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, past, recompute):
-        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, past)
+    def forward(self, x, cos, sin, past, run):
+        """run: `again` for what is cheap to compute, or `once`."""
+        attended, k, v = self.self_attn(run(self.input_layernorm, x), cos, sin, past)
         x = x + attended
-        x = x + self.mlp(self.post_attention_layernorm(x), recompute)
+        x = x + self.mlp(run(self.post_attention_layernorm, x), run)
         return x, k, v
 
 
 class Decoder(nn.Module):
     """Token embeddings, blocks, a norm."""
 
-    recompute = False  # True: the backward pass computes all of a layer again, not the MLP's inside
+    recompute = (
+        False  # True: the backward pass computes whole layers again, not what is cheap alone
+    )
 
     def __init__(self, config):
         super().__init__()
@@ -191,13 +198,12 @@ class Decoder(nn.Module):
         """
         x = self.embed_tokens(ids)
         cos, sin = rotary(self.config, positions, x.dtype)
-        learns = torch.is_grad_enabled()
         keys_values = []
         for layer in self.layers:
-            if learns and self.recompute:
-                x, k, v = again(layer, x, cos, sin, past, False)
+            if self.recompute:
+                x, k, v = again(layer, x, cos, sin, past, once)
             else:
-                x, k, v = layer(x, cos, sin, past, learns)
+                x, k, v = layer(x, cos, sin, past, again)
             keys_values.append((k, v))
         return self.norm(x), keys_values
 
