@@ -622,9 +622,7 @@ def token_loss(logprob, old_logprob, credit, entropy, clip, entropy_coef):
     """One token's loss, with Python's own min and max; also whether its clip is active."""
     ratio = (logprob - old_logprob).exp()
     clipped_ratio = min(max(ratio, 1 - clip), 1 + clip)
-    loss = -min(ratio * credit, clipped_ratio * credit)
-    if abs(logprob.item() - old_logprob.item()) <= math.log(1 + clip):
-        loss = loss - entropy_coef * entropy
+    loss = -min(ratio * credit, clipped_ratio * credit) - entropy_coef * entropy
     return loss, bool(clipped_ratio * credit < ratio * credit)
 
 
@@ -1111,20 +1109,20 @@ def test_processes_share_the_passes_of_an_update(unequal, passes, monkeypatch):
 def test_two_processes_have_the_gradient_of_one(budget, monkeypatch):
     """FSDP2 averages their gradients."""
     agent = corridor_agent()
-    settings = tiny_settings(micro_batch_tokens=budget, entropy_coef=0.1)
+    settings = tiny_settings(micro_batch_tokens=budget)
     episodes = msgrpo.play(agent, corridors(5))
     msgrpo.assign_credit(episodes, ADVANTAGES[:5])
     expected = msgrpo.accumulate_gradient(agent, episodes, entropy_coef=0.1)
     whole = gradient(agent.model)
 
     agent.model.zero_grad()
-    found = train.accumulate_gradient(agent, episodes, settings, can_stop=False)
+    found = train.accumulate_gradient(agent, episodes, settings, 0.1, can_stop=False)
     assert found == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(gradient(agent.model), whole)
 
     agent.model.zero_grad()
     found = [
-        train.accumulate_gradient(agent, episodes, settings, can_stop=False)
+        train.accumulate_gradient(agent, episodes, settings, 0.1, can_stop=False)
         for _ in two_ranks(monkeypatch)
     ]
     torch.testing.assert_close(gradient(agent.model) / 2, whole)
@@ -1164,14 +1162,38 @@ def test_the_learning_rate_rises_then_falls():
     assert found == pytest.approx([0.2, 1.0, 2.0, 1.5, 1.0])
 
 
-@pytest.mark.parametrize("explore, added", [(0, 0), (2, 2), (99, 5)])
-def test_exploring_adds_episodes_of_groups_without_success(explore, added):
-    settings = tiny_settings(group_size=3, explore=explore)
-    success = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], bool)
-    found = train.explore([1, 3], success, settings, np.random.default_rng(0))
-    assert found == sorted(set(found))
-    assert len(found) == 2 + added
-    assert {1, 3} <= set(found) <= {0, 1, 2, 3, 6, 7, 8}
+def test_training_maps_are_of_many_densities():
+    """Uniform p in (.4, 1): more maps without holes, and more with many, than at p .8."""
+    rng = np.random.default_rng(0)
+    plain = train.draw_maps(tiny_settings(groups=300, least_frozen=0.0), rng)
+    mixed = train.draw_maps(tiny_settings(groups=300, least_frozen=0.4), rng)
+    holes = [sorted(str(desc).count("H") for desc in maps) for maps in (plain, mixed)]
+    assert len(plain) == len(mixed) == 300
+    assert not any(frozenlake.is_held_out(desc) for desc in mixed)
+    assert holes[1].count(0) > holes[0].count(0)
+    assert sum(count > 6 for count in holes[1]) > 3 * sum(count > 6 for count in holes[0])
+
+
+def test_an_imagined_episode_is_as_good_as_the_mean_of_all_or_the_worst():
+    """Means with it: (0 + .5) / 3, (1 + .5) / 3, and equal returns."""
+    returns = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    settings = tiny_settings(imagine=True, normalize_std=False)
+    found = train.group_advantages(returns, settings)
+    expected = torch.tensor([[-1 / 6, -1 / 6], [0.5, -0.5], [0, 0]])
+    torch.testing.assert_close(found, expected)
+    assert found[2].tolist() == [0, 0]
+    settings = tiny_settings(imagine=False, normalize_std=False)
+    plain = train.group_advantages(returns, settings)
+    assert plain.tolist() == [[0, 0], [0.5, -0.5], [0, 0]]
+
+
+def test_the_entropy_bonus_grows_below_the_floor():
+    answers = [Answer((0,), (1, 2), [-0.3, -0.1]), Answer((0,), (1,), [-0.2])]
+    episodes = [[Step(answer)] for answer in answers]  # entropy: .2
+    for floor, expected in ((0.0, 0.01), (0.2, 0.01), (0.25, 0.06)):
+        settings = tiny_settings(entropy_coef=0.01, entropy_floor=floor)
+        found = train.entropy_coefficient(settings, episodes)
+        assert found == pytest.approx(expected)
 
 
 class ByRule:
@@ -1193,25 +1215,23 @@ class ByRule:
 
 def test_the_books_of_an_iteration(monkeypatch):
     """Three groups of two episodes, each on a row of ice: all can be said by hand."""
-    maps = iter([["SG"], ["SH"]])
+    maps = iter([["SFG"], ["SG"], ["SH"]])
     monkeypatch.setattr(frozenlake, "draw_map", lambda scenario, rng: next(maps))
     monkeypatch.setattr(train, "learn", lambda *args: [])
     script = iter(["right", "right", "right", "left", "right", "right"] + ["right", "right"])
     policy = ByRule(lambda text: next(script, "left"))
-    settings = tiny_settings(groups=3, group_size=2, replay=0.4, explore=0)
-    failed = [["SFG"]] * 300
-    metrics = train.iterate(policy, None, SimpleNamespace(settings=settings), 5, failed)
+    settings = tiny_settings(groups=3, group_size=2, imagine=False, keep=0.5)
+    metrics = train.iterate(policy, None, SimpleNamespace(settings=settings), 5)
     # On SFG both win in two steps, on SG one wins in a step, the other goes left eight times, on SH
     # both are lost in one.
     expected = {
-        "success": 1 / 4,  # of the new maps
+        "success": 3 / 6,
         "return": 3 / 6,
         "steps": 15 / 6,
         "valid": 1,
         "truncated": 0,
         "zero_variance_groups": 2 / 3,
         "groups_without_success": 1 / 3,
-        "replayed_groups": 1,
         "generated_tokens": 45,
         "trained_tokens": 0,
         "nonzero_episodes": 2,
@@ -1228,20 +1248,17 @@ def test_the_books_of_an_iteration(monkeypatch):
     }
     found = {key: value and float(value) for key, value in metrics.items()}
     assert found == pytest.approx(expected)
-    assert failed == [["SFG"]] * 254 + [["SG"], ["SH"]]
 
 
 def test_an_iteration_that_is_given_up_leaves_no_trace(monkeypatch):
-    """It ends after a round of answers; the maps that it would have replayed are still to be."""
+    """It ends after a round of answers."""
     monkeypatch.setattr(train.INTERRUPTS, "asked", True)
     texts = []
     policy = ByRule(texts.append)
-    settings = tiny_settings(groups=3, group_size=2, replay=1.0)
-    failed = [["SFG"]] * 3
+    settings = tiny_settings(groups=3, group_size=2)
     with pytest.raises(train.Stopped):
-        train.iterate(policy, None, SimpleNamespace(settings=settings), 5, failed)
+        train.iterate(policy, None, SimpleNamespace(settings=settings), 5)
     assert len(texts) == 6
-    assert failed == [["SFG"]] * 3
 
 
 def test_the_warm_up_answers_at_random_on_training_maps(monkeypatch):
@@ -1638,13 +1655,15 @@ CHANGES = {  # for every setting flags that QUICK has not
     "temperature": "--temperature 0.8",
     "max_new_tokens": "--max-new-tokens 2",
     "invalid_penalty": "--invalid-penalty 5",
-    "replay": "--replay 1",
+    "imagine": "--imagine",
+    "entropy_floor": "--entropy-floor 9",
+    "least_frozen": "--least-frozen 0.4",
     "warmup_steps": "--warmup-steps 1",
     "dtype": "--dtype bfloat16",
     "micro_batch_tokens": "--micro-batch-tokens 10",
 }
 # These change nothing in a short run, or nothing at all: each has a test of its own.
-NO_CHANGE = {"final_rate", "explore", "checkpoint", "checkpoint_every", "device"}
+NO_CHANGE = {"final_rate", "checkpoint", "checkpoint_every", "device"}
 NO_CHANGE |= {"threads", "recompute"}
 
 
@@ -1655,7 +1674,7 @@ def test_no_flag_is_forgotten_here():
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_flag_changes_something(name, found):
-    base = "--iterations 2" if name in ("replay", "iterations") else "--iterations 1"
+    base = "--iterations 2" if name == "iterations" else "--iterations 1"
     assert found(f"{base} {CHANGES[name]}") != found(base)
 
 
@@ -1858,7 +1877,7 @@ def at_call(patch, module, name, number, act):
         (torch, "save", 2, write_half_and_kill, ""),
         (lm, "write_safetensors", 1, kill, ""),
         (msgrpo, "play", 7, kill, ""),  # in the evaluation at the end
-        (msgrpo, "episode_advantages", 4, kill, "--dtype bfloat16 --replay 0.5"),
+        (msgrpo, "episode_advantages", 4, kill, "--dtype bfloat16"),
     ],
 )
 def test_killed_and_resumed_is_never_stopped(

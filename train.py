@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -79,16 +79,17 @@ class Settings:
     normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
     update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
     clip: float = setting(0.2, "how far the ratio may leave 1 before the clip [author]")
+    imagine: bool = setting(False, "compare each group with an imagined good episode too")
     max_gap: float = setting(0.15, "mean |log ratio| at which the iteration's updates end")
     entropy_coef: float = setting(0.001, "of the entropy bonus, per token in nats [author]")
+    entropy_floor: float = setting(0.0, "the bonus grows by what the entropy is below, in nats")
     learning_rate: float = setting(1e-6, "of AdamW, after a ramp of ten iterations [author]")
     final_rate: float = setting(1.0, "share of it left at the end; 1: constant [author]", 0, 1)
     grad_clip: float = setting(1.0, "largest norm of a gradient [author]")
     temperature: float = setting(1.25, "of sampling and of scoring alike [author]", 1e-6)
     max_new_tokens: int = setting(0, "of an answer; 0: 16, with --think 256 [author]")
     invalid_penalty: float = setting(0.0, "taken off for an invalid answer, which moves nothing")
-    replay: float = setting(0.0, "share of groups on maps where an episode failed before", 0, 1)
-    explore: int = setting(0, "most episodes added from groups without success")
+    least_frozen: float = setting(0.0, "p of training maps is from here to 1; 0: all as scenario")
     warmup_steps: int = setting(0, "steps of next-token prediction on the game's text at the start")
     dtype: str = setting(DTYPE, "numbers of passes", choices=("float32", "bfloat16"))
     device: str = setting(DEVICE, "of the model: cpu, cuda or cuda:N")
@@ -115,32 +116,28 @@ def generator(*key):
     return np.random.default_rng([len(key), *key])
 
 
-def iterate(player, trainee, learner, iteration, replay_pool):
+def iterate(player, trainee, learner, iteration):
     """One iteration of MS-GRPO, by the steps of msgrpo.py; returns its metrics.
 
-    player plays, trainee has the weights that are trained. replay_pool: at most 256 maps on which
-    an episode failed, kept up to date here. The metric `success` is of newly drawn maps alone.
+    player plays, trainee has the weights that are trained.
     """
     s = learner.settings
     rng = generator(s.seed, iteration, 0)
 
     # 1. Play groups of episodes, each group on one map
-    maps, replayed, remaining = choose_maps(s, replay_pool, rng)
     games = [
         s.lake(desc, s.seed, iteration, group, episode)
-        for group, desc in enumerate(maps)
+        for group, desc in enumerate(draw_maps(s, rng))
         for episode in range(s.group_size)
     ]
     player.refresh()
     episodes, rollout_gap = play_all(player, games, s)
-    reached = [episode[-1].success for episode in episodes]
-    success = np.reshape(reached, (s.groups, s.group_size))
 
     # 2. Returns
     returns = msgrpo.episode_returns(episodes).view(s.groups, s.group_size)
 
     # 3. Advantages in the group
-    advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
+    advantages = group_advantages(returns, s).flatten()
 
     # 4. Each step is paid its episode's advantage
     msgrpo.assign_credit(episodes, advantages, s.gamma)
@@ -148,14 +145,12 @@ def iterate(player, trainee, learner, iteration, replay_pool):
     # 5. Draw the episodes to train on
     count = max(1, round(s.keep * len(episodes)))
     drawn = msgrpo.draw_episodes(advantages, s.sampling, count, rng)
-    drawn = explore(drawn, success, s, rng)
+    drawn = rng.permutation(drawn)
 
     # 6. Ascend the clipped objective
     updates = learn(trainee, learner, episodes, advantages, drawn, learning_rate(s, iteration))
 
-    lost = [desc for desc, won in zip(maps, success.all(1)) if not won]
-    replay_pool[:] = (remaining + lost)[-256:]
-    metrics = summarize(episodes, returns, success, replayed, updates)
+    metrics = summarize(episodes, returns, updates)
     metrics["rollout_gap"] = rollout_gap
     metrics["nonzero_episodes"] = int((advantages != 0).sum())
     metrics["drawn_episodes"] = len(drawn)
@@ -169,14 +164,15 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
     comes with the pass, whose gradient is then thrown away.
     """
     s = learner.settings
-    if not drawn:
+    if len(drawn) == 0:
         return []
+    bonus = entropy_coefficient(s, episodes)
     updates = []
     for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))):
-        if not s.entropy_coef and not advantages[part].any():
+        if not bonus and not advantages[part].any():
             continue  # nothing to learn from
         can_stop = not updates  # while the weights are still those of the iteration's start
-        update = accumulate_gradient(trainee, [episodes[i] for i in part], s, can_stop)
+        update = accumulate_gradient(trainee, [episodes[i] for i in part], s, bonus, can_stop)
         if update["logprob_gap"] > s.max_gap:
             learner.optimizer.zero_grad()
             break
@@ -283,10 +279,10 @@ def share_passes(steps, budget):
     return passes
 
 
-def accumulate_gradient(trainee, episodes, s, can_stop):
+def accumulate_gradient(trainee, episodes, s, entropy_coef, can_stop):
     """As msgrpo.accumulate_gradient, with its passes shared by the processes."""
     steps = [step for episode in episodes for step in episode]
-    scored = msgrpo.steps_to_score(steps, s.entropy_coef)
+    scored = msgrpo.steps_to_score(steps, entropy_coef)
     tokens = msgrpo.count_tokens(steps)
     sums = torch.zeros(4, dtype=torch.float64)
     passes = share_passes(scored, s.micro_batch_tokens)
@@ -295,30 +291,39 @@ def accumulate_gradient(trainee, episodes, s, can_stop):
         stop_if(can_stop and INTERRUPTS.asked)
         # The processes' gradients are averaged, not added: hence the factor
         scale = weight * WORLD
-        sums += weight * msgrpo.backward(trainee, batch, tokens, s.clip, s.entropy_coef, scale)
+        sums += weight * msgrpo.backward(trainee, batch, tokens, s.clip, entropy_coef, scale)
     sums = sum(gather([sums]))
     return msgrpo.statistics(sums, tokens, msgrpo.count_tokens(scored))
 
 
-def choose_maps(s, replay_pool, rng):
-    """A map for each group, how many of them are replayed, and what remains of the pool.
+def draw_maps(s, rng):
+    """A map for each group. Ours: with `least_frozen`, from easy ones to hard ones alike."""
+    maps = []
+    for _ in range(s.groups):
+        scenario = SCENARIOS[s.scenario]
+        if s.least_frozen:
+            scenario = replace(scenario, p=rng.uniform(s.least_frozen, 1))
+        maps.append(frozenlake.draw_map(scenario, rng))
+    return maps
 
-    Ours: up to `replay` of the groups return to maps of the pool. They come first.
+
+def group_advantages(returns, s):
+    """Advantages (groups, G). Ours: with `imagine`, each group has one more episode.
+
+    It is as good as the mean of all groups, or as the group's worst where that is better. So what
+    always fails becomes less likely, and what always wins keeps A = 0.
     """
-    remaining = list(replay_pool)
-    replayed = min(len(remaining), round(s.replay * s.groups))
-    maps = [remaining.pop(rng.integers(len(remaining))) for _ in range(replayed)]
-    while len(maps) < s.groups:
-        maps.append(frozenlake.draw_map(SCENARIOS[s.scenario], rng))
-    return maps, replayed, remaining
+    if not s.imagine:
+        return msgrpo.episode_advantages(returns, s.normalize_std)
+    imagined = returns.amin(1, keepdim=True).clamp(min=returns.mean())
+    returns = torch.cat([returns, imagined], 1)
+    return msgrpo.episode_advantages(returns, s.normalize_std)[:, :-1]
 
 
-def explore(drawn, success, s, rng):
-    """Ours: add up to `explore` episodes of groups that never succeeded, for the entropy bonus."""
-    without_success = ~success.any(1)  # (groups,)
-    candidates = np.flatnonzero(np.repeat(without_success, s.group_size))
-    added = rng.permutation(candidates)[: s.explore]
-    return sorted({*drawn, *added.tolist()})
+def entropy_coefficient(s, episodes):
+    """Ours: the bonus grows as far as the entropy, the mean of -log p, is below `entropy_floor`."""
+    logprobs = [x for episode in episodes for step in episode for x in step.answer.logprobs]
+    return s.entropy_coef + max(0.0, s.entropy_floor + float(np.mean(logprobs)))
 
 
 def learning_rate(s, iteration):
@@ -536,16 +541,17 @@ def shard(model, dtype, device):
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=240,
+    iterations=140,
     groups=64,  # many maps, few episodes of each
     group_size=8,
     update_episodes=64,
     normalize_std=False,  # the std blows up groups that are nearly all alike
-    replay=0.5,  # late in training, most new groups are all alike and teach nothing
-    explore=128,  # maps that always fail give no gradient; the bonus keeps the policy unsure there
-    entropy_coef=0.05,  # keeps groups mixed
+    imagine=True,  # groups that always fail would teach nothing
+    entropy_coef=0.0,
+    entropy_floor=0.15,  # keeps groups mixed
+    least_frozen=0.4,  # late in training, most groups on likely maps are all alike
     invalid_penalty=0.5,  # keeps the answers' form
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     final_rate=0.05,
     grad_clip=0.1,  # gradients grow tenfold when the model begins to look at the map
     temperature=1.0,
@@ -609,20 +615,20 @@ def warm_up(trainee, learner):
         learner.update(3e-3 * min(ramp, decay))
 
 
-def summarize(episodes, returns, success, replayed, tried):
+def summarize(episodes, returns, tried):
     """The metrics of an iteration's episodes and updates; None where nothing is measured."""
     updates = [update for update in tried if np.isfinite(update["grad_norm"])]
     steps = [step for episode in episodes for step in episode]
     tokens = [update["tokens"] for update in updates]
+    success = np.reshape([episode[-1].success for episode in episodes], returns.shape)
     metrics = {
-        "success": success[replayed:].mean() if replayed < len(success) else None,
+        "success": success.mean(),
         "return": returns.mean().item(),
         "steps": len(steps) / len(episodes),
         "valid": np.mean([step.valid for step in steps]),
         "truncated": np.mean([step.answer.truncated for step in steps]),
         "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean().item(),
         "groups_without_success": 1 - success.any(1).mean(),
-        "replayed_groups": replayed,
         "generated_tokens": msgrpo.count_tokens(steps),
         "trained_tokens": sum(tokens),
         "trained_episodes": sum(update["trained"] for update in updates),
@@ -743,7 +749,7 @@ def train(learner, out, state):
                 stop_if(INTERRUPTS.asked)
                 STATUS.doing(f"iteration {iteration}")
                 began = time.perf_counter()
-                metrics = iterate(player, trainee, learner, iteration, state["replay_pool"])
+                metrics = iterate(player, trainee, learner, iteration)
             except Stopped:
                 save_state(out, state, learner)
                 raise KeyboardInterrupt from None
@@ -799,7 +805,7 @@ def start(learner, trainee, lake):
     say("before MS-GRPO, sampled, on held-out lakes:\n" + score_line("", SCORES.values()))
     limit = min(100, learner.settings.eval_episodes)
     before = evaluate(learner, "noslip", greedy=False, limit=limit)
-    return {"before": before, "replay_pool": [], "history": []}
+    return {"before": before, "history": []}
 
 
 def save_state(out, state, learner):
