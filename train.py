@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -79,8 +79,7 @@ class Settings:
     normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
     update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
     clip: float = setting(0.2, "how far the ratio may leave 1 before the clip [author]")
-    imagine: bool = setting(False, "compare each group with an imagined good episode too")
-    max_gap: float = setting(0.15, "mean |log ratio| at which the iteration's updates end")
+    imagine: bool = setting(False, "compare each group with an imagined episode of mean return too")
     entropy_coef: float = setting(0.001, "of the entropy bonus, per token in nats [author]")
     entropy_floor: float = setting(0.0, "the bonus grows by what the entropy is below, in nats")
     learning_rate: float = setting(1e-6, "of AdamW, after a ramp of ten iterations [author]")
@@ -89,7 +88,7 @@ class Settings:
     temperature: float = setting(1.25, "of sampling and of scoring alike [author]", 1e-6)
     max_new_tokens: int = setting(0, "of an answer; 0: 16, with --think 256 [author]")
     invalid_penalty: float = setting(0.0, "taken off for an invalid answer, which moves nothing")
-    least_frozen: float = setting(0.0, "p of training maps is from here to 1; 0: all as scenario")
+    replay: float = setting(0.0, "share of groups on maps where an episode failed before", 0, 1)
     warmup_steps: int = setting(0, "steps of next-token prediction on the game's text at the start")
     dtype: str = setting(DTYPE, "numbers of passes", choices=("float32", "bfloat16"))
     device: str = setting(DEVICE, "of the model: cpu, cuda or cuda:N")
@@ -116,22 +115,26 @@ def generator(*key):
     return np.random.default_rng([len(key), *key])
 
 
-def iterate(player, trainee, learner, iteration):
+def iterate(player, trainee, learner, iteration, replay_pool):
     """One iteration of MS-GRPO, by the steps of msgrpo.py; returns its metrics.
 
-    player plays, trainee has the weights that are trained.
+    player plays, trainee has the weights that are trained. replay_pool: at most 256 maps on which
+    an episode failed, kept up to date here. The metric `success` is of newly drawn maps alone.
     """
     s = learner.settings
     rng = generator(s.seed, iteration, 0)
 
     # 1. Play groups of episodes, each group on one map
+    maps, replayed, remaining = choose_maps(s, replay_pool, rng)
     games = [
         s.lake(desc, s.seed, iteration, group, episode)
-        for group, desc in enumerate(draw_maps(s, rng))
+        for group, desc in enumerate(maps)
         for episode in range(s.group_size)
     ]
     player.refresh()
     episodes, rollout_gap = play_all(player, games, s)
+    reached = [episode[-1].success for episode in episodes]
+    success = np.reshape(reached, (s.groups, s.group_size))
 
     # 2. Returns
     returns = msgrpo.episode_returns(episodes).view(s.groups, s.group_size)
@@ -150,7 +153,9 @@ def iterate(player, trainee, learner, iteration):
     # 6. Ascend the clipped objective
     updates = learn(trainee, learner, episodes, advantages, drawn, learning_rate(s, iteration))
 
-    metrics = summarize(episodes, returns, updates)
+    lost = [desc for desc, won in zip(maps, success.all(1)) if not won]
+    replay_pool[:] = (remaining + lost)[-256:]
+    metrics = summarize(episodes, returns, success, replayed, updates)
     metrics["rollout_gap"] = rollout_gap
     metrics["nonzero_episodes"] = int((advantages != 0).sum())
     metrics["drawn_episodes"] = len(drawn)
@@ -158,11 +163,7 @@ def iterate(player, trainee, learner, iteration):
 
 
 def learn(trainee, learner, episodes, advantages, drawn, rate):
-    """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
-
-    Ours: the steps end where the policy is further than `max_gap` from the one that played. The gap
-    comes with the pass, whose gradient is then thrown away.
-    """
+    """Optimiser steps on the drawn episodes, about `update_episodes` each: a dict per step."""
     s = learner.settings
     if len(drawn) == 0:
         return []
@@ -173,9 +174,6 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
             continue  # nothing to learn from
         can_stop = not updates  # while the weights are still those of the iteration's start
         update = accumulate_gradient(trainee, [episodes[i] for i in part], s, bonus, can_stop)
-        if update["logprob_gap"] > s.max_gap:
-            learner.optimizer.zero_grad()
-            break
         update["grad_norm"] = learner.update(rate)
         update["trained"] = int((advantages[part] != 0).sum())
         updates.append(update)
@@ -296,15 +294,17 @@ def accumulate_gradient(trainee, episodes, s, entropy_coef, can_stop):
     return msgrpo.statistics(sums, tokens, msgrpo.count_tokens(scored))
 
 
-def draw_maps(s, rng):
-    """A map for each group. Ours: with `least_frozen`, from easy ones to hard ones alike."""
-    maps = []
-    for _ in range(s.groups):
-        scenario = SCENARIOS[s.scenario]
-        if s.least_frozen:
-            scenario = replace(scenario, p=rng.uniform(s.least_frozen, 1))
-        maps.append(frozenlake.draw_map(scenario, rng))
-    return maps
+def choose_maps(s, replay_pool, rng):
+    """A map for each group, how many of them are replayed, and what remains of the pool.
+
+    Ours: up to `replay` of the groups return to maps of the pool. They come first.
+    """
+    remaining = list(replay_pool)
+    replayed = min(len(remaining), round(s.replay * s.groups))
+    maps = [remaining.pop(rng.integers(len(remaining))) for _ in range(replayed)]
+    while len(maps) < s.groups:
+        maps.append(frozenlake.draw_map(SCENARIOS[s.scenario], rng))
+    return maps, replayed, remaining
 
 
 def group_advantages(returns, s):
@@ -541,7 +541,7 @@ def shard(model, dtype, device):
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=140,
+    iterations=130,
     groups=64,  # many maps, few episodes of each
     group_size=8,
     update_episodes=64,
@@ -549,7 +549,7 @@ TINY = dict(  # what differs for a model that is born here, and why
     imagine=True,  # groups that always fail would teach nothing
     entropy_coef=0.0,
     entropy_floor=0.15,  # keeps groups mixed
-    least_frozen=0.4,  # late in training, most groups on likely maps are all alike
+    replay=0.25,  # late in training, most new groups are all alike and teach nothing
     invalid_penalty=0.5,  # keeps the answers' form
     learning_rate=2e-3,
     final_rate=0.05,
@@ -615,20 +615,20 @@ def warm_up(trainee, learner):
         learner.update(3e-3 * min(ramp, decay))
 
 
-def summarize(episodes, returns, tried):
+def summarize(episodes, returns, success, replayed, tried):
     """The metrics of an iteration's episodes and updates; None where nothing is measured."""
     updates = [update for update in tried if np.isfinite(update["grad_norm"])]
     steps = [step for episode in episodes for step in episode]
     tokens = [update["tokens"] for update in updates]
-    success = np.reshape([episode[-1].success for episode in episodes], returns.shape)
     metrics = {
-        "success": success.mean(),
+        "success": success[replayed:].mean() if replayed < len(success) else None,
         "return": returns.mean().item(),
         "steps": len(steps) / len(episodes),
         "valid": np.mean([step.valid for step in steps]),
         "truncated": np.mean([step.answer.truncated for step in steps]),
         "zero_variance_groups": (returns == returns[:, :1]).all(1).float().mean().item(),
         "groups_without_success": 1 - success.any(1).mean(),
+        "replayed_groups": replayed,
         "generated_tokens": msgrpo.count_tokens(steps),
         "trained_tokens": sum(tokens),
         "trained_episodes": sum(update["trained"] for update in updates),
@@ -749,7 +749,7 @@ def train(learner, out, state):
                 stop_if(INTERRUPTS.asked)
                 STATUS.doing(f"iteration {iteration}")
                 began = time.perf_counter()
-                metrics = iterate(player, trainee, learner, iteration)
+                metrics = iterate(player, trainee, learner, iteration, state["replay_pool"])
             except Stopped:
                 save_state(out, state, learner)
                 raise KeyboardInterrupt from None
@@ -805,7 +805,7 @@ def start(learner, trainee, lake):
     say("before MS-GRPO, sampled, on held-out lakes:\n" + score_line("", SCORES.values()))
     limit = min(100, learner.settings.eval_episodes)
     before = evaluate(learner, "noslip", greedy=False, limit=limit)
-    return {"before": before, "history": []}
+    return {"before": before, "replay_pool": [], "history": []}
 
 
 def save_state(out, state, learner):
