@@ -250,6 +250,7 @@ def baselines(lake):
     random   any move, uniformly
     reflex1  down where the cell below can be walked on, else right
     reflex2  the same, but down only if one more move down or right is possible from there
+    reflex3  the same, if two more moves are
     optimal  the best there is
 
     By value iteration: V(s) <- sum_a pi(a|s) sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
@@ -261,19 +262,20 @@ def baselines(lake):
             kernel[action, state, target] += probability
     goal = np.array([tile == "G" for tile in lake.tiles], float)
     alive = np.array([tile in "SF" for tile in lake.tiles], float)
-    every = np.arange(states)
-    moves = {sight: reflex(lake, sight) for sight in (1, 2)}
-    values = {player: np.zeros(states) for player in ("random", "reflex1", "reflex2", "optimal")}
-    for _ in range(lake.max_steps):
-        of_actions = {
-            name: kernel @ (goal + alive * of_states) for name, of_states in values.items()
-        }
-        values["random"] = of_actions["random"].mean(0)
-        values["reflex1"] = of_actions["reflex1"][moves[1], every]
-        values["reflex2"] = of_actions["reflex2"][moves[2], every]
-        values["optimal"] = of_actions["optimal"].max(0)
-    start = lake.tiles.index("S")
-    return {name: float(of_states[start]) for name, of_states in values.items()}
+
+    def success(choose):
+        """choose: of the values of actions (action, state), the values of states."""
+        values = np.zeros(states)
+        for _ in range(lake.max_steps):
+            values = choose(kernel @ (goal + alive * values))
+        return float(values[lake.tiles.index("S")])
+
+    found = {"random": success(lambda of_actions: of_actions.mean(0))}
+    for sight in (1, 2, 3):
+        moves = (reflex(lake, sight), np.arange(states))
+        found[f"reflex{sight}"] = success(lambda of_actions, moves=moves: of_actions[moves])
+    found["optimal"] = success(lambda of_actions: of_actions.max(0))
+    return found
 
 
 def reflex(lake, sight):

@@ -28,9 +28,11 @@ from torch.utils.checkpoint import checkpoint
 
 from msgrpo import Answer
 
-# Scoring makes its tables over the vocabulary for so many tokens at a time
-SLICE_ROWS = 256  # or more, where such a table has
-SLICE_ELEMENTS = 2**24  # at most: 64 MiB in float32
+# Scoring's tables over the vocabulary have so many numbers, in slices of tokens: 16 and 256 MiB in
+# float32. A GPU is slow where a slice has few tokens
+SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+
+CHUNK = 1024  # tokens; `sample` finds the chunk first
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,18 @@ class Attention(nn.Module):
         return x.unflatten(2, (-1, self.head_dim))
 
 
+def again(function, *inputs):
+    """function(*inputs), of which the backward pass computes what is inside again: for memory."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    # Nothing here is random
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def once(function, *inputs):
+    return function(*inputs)
+
+
 class MLP(nn.Module):
     """SwiGLU."""
 
@@ -139,8 +153,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, width, bias=config.mlp_bias)
 
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x, run):
+        return run(self.down, self.gate_proj(x), self.up_proj(x))
+
+    def down(self, gate, up):
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -151,17 +168,20 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, past):
-        attended, k, v = self.self_attn(self.input_layernorm(x), cos, sin, past)
+    def forward(self, x, cos, sin, past, run):
+        """run: `again` for what is cheap to compute, or `once`."""
+        attended, k, v = self.self_attn(run(self.input_layernorm, x), cos, sin, past)
         x = x + attended
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(run(self.post_attention_layernorm, x), run)
         return x, k, v
 
 
 class Decoder(nn.Module):
     """Token embeddings, blocks, a norm."""
 
-    recompute = False  # True: the backward pass computes activations again, for less memory
+    recompute = (
+        False  # True: the backward pass computes whole layers again, not what is cheap alone
+    )
 
     def __init__(self, config):
         super().__init__()
@@ -178,15 +198,12 @@ class Decoder(nn.Module):
         """
         x = self.embed_tokens(ids)
         cos, sin = rotary(self.config, positions, x.dtype)
-        # Without a past there are the instructions alone, which are short: they are kept
-        recompute = self.recompute and torch.is_grad_enabled() and past is not None
-        options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
         keys_values = []
         for layer in self.layers:
-            if recompute:
-                x, k, v = checkpoint(layer, x, cos, sin, past, **options)
+            if self.recompute:
+                x, k, v = again(layer, x, cos, sin, past, once)
             else:
-                x, k, v = layer(x, cos, sin, past)
+                x, k, v = layer(x, cos, sin, past, again)
             keys_values.append((k, v))
         return self.norm(x), keys_values
 
@@ -233,7 +250,7 @@ class Transformer(nn.Module):
 
         Those of `log_probabilities`, though no whole table is ever there.
         """
-        return TokenLogprobs.apply(x, self.head_weight()[:size], targets, temperature)
+        return TokenLogprobs.apply(x, self.head_weight(), targets, size, temperature)
 
 
 def log_probabilities(x, weight, temperature):
@@ -339,10 +356,23 @@ def sample(table, uniforms):
     """
     if uniforms is None:
         return table.argmax(-1)
-    cumulative = table.exp().cumsum(-1)
+    # First the chunk, then the token in it: sums along the whole table would take a GPU long
+    missing = -table.shape[1] % CHUNK
+    chunks = F.pad(table.exp(), (0, missing)).unflatten(1, (-1, CHUNK))  # (rows, chunks, CHUNK)
+    cumulative = chunks.sum(2).cumsum(1)  # (rows, chunks)
     thresholds = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
-    return tokens.clamp(max=table.shape[1] - 1)
+    chunk = passed(cumulative, thresholds)  # (rows, 1)
+    before = F.pad(cumulative, (1, 0)).gather(1, chunk)
+    inside = chunks.take_along_dim(chunk[:, :, None], 1)[:, 0].cumsum(1)  # (rows, CHUNK)
+    last = inside[:, -1:].nextafter(torch.zeros_like(before))  # what rounding might exceed
+    token = chunk * CHUNK + passed(inside, torch.minimum(thresholds - before, last))
+    return token[:, 0]
+
+
+def passed(cumulative, thresholds):
+    """Where rows of ascending sums first exceed their threshold (rows, 1): (rows, 1)."""
+    found = torch.searchsorted(cumulative, thresholds, right=True)
+    return found.clamp(max=cumulative.shape[1] - 1)
 
 
 def pad(rows, value):
@@ -475,15 +505,17 @@ class LanguageAgent:
     def score(self, answers):
         """As msgrpo.Policy says: the numbers that `act` gave, up to rounding, with gradient."""
         pairs = list(dict.fromkeys((answer.prompt, answer.response) for answer in answers))
-        # inputs    p0 p1 p2 r0 r1    prompt and response, but for the last token
-        # targets   -1 -1 r0 r1 r2    what is predicted behind each input; -1 does not count
-        inputs = [prompt + response[:-1] for prompt, response in pairs]
+        # texts     p0 p1 p2 r0 r1    prompt and response, but for the last token
+        # targets   -1 -1 r0 r1 r2    what is predicted behind each token; -1 does not count
+        texts = [prompt + response[:-1] for prompt, response in pairs]
         targets = [(-1,) * (len(prompt) - 1) + response for prompt, response in pairs]
-        targets = torch.tensor(pad(targets, -1), device=self.device)  # (rows, longest)
-        x, _ = self.read_rows(inputs, self.read_instructions())
+        targets = torch.tensor(pad(targets, -1), device=self.device)  # (texts, longest)
+        tree = Tree(self.instructions[0].tolist(), texts, self.device)
+        x, _ = self.model.hidden(tree.ids, tree.positions, tree)
         is_response = targets >= 0
+        x = x[0, tree.paths[is_response]]  # (response tokens, width)
         logprobs, entropies = self.model.token_logprobs(
-            x[is_response], targets[is_response], self.tokenizer.size, self.temperature
+            x, targets[is_response], self.tokenizer.size, self.temperature
         )
         row_of = {pair: row for row, pair in enumerate(pairs)}
         rows = [row_of[answer.prompt, answer.response] for answer in answers]
@@ -495,7 +527,57 @@ def pick(parts, order):
     return torch.cat([parts[i] for i in order])
 
 
-# Below: what is for a kind of machine, and file formats
+# Below: what saves time and memory, what is for a kind of machine, and file formats
+
+
+class Tree:
+    """Texts behind the same instructions, in which what begins alike is run once.
+
+    A node is a token and all that stands before it. Instructions and nodes are one long row. Only
+    attention takes the texts apart: it gathers each one's nodes, and a node takes a text's result.
+    """
+
+    def __init__(self, instructions, texts, device):
+        start = len(instructions)
+        nodes = {}  # {(node before, token): node}, the instructions' last one before the first
+        paths = []  # of each text, its nodes
+        for text in texts:
+            path = [start - 1]
+            for token in text:
+                path.append(nodes.setdefault((path[-1], token), start + len(nodes)))
+            paths.append(path[1:])
+        ids = instructions + [token for _, token in nodes]
+        paths = pad(paths, 0)  # (texts, longest)
+        flat = [node for path in paths for node in path]
+        place_of = {node: place for place, node in enumerate(flat)}
+        places = [place_of[node] for node in nodes.values()]
+
+        self.ids = torch.tensor([ids], device=device)
+        self.paths = torch.tensor(paths, device=device)
+        self.places = torch.tensor(places, device=device)  # (nodes,) in the flattened paths
+        self.shared = torch.arange(start, device=device)[None]
+        self.slots = torch.cat([self.shared.expand(len(texts), -1), self.paths], 1)
+        depths = start + self.places % self.paths.shape[1]
+        self.positions = torch.cat([self.shared, depths[None]], 1)
+
+    def attend(self, layer, q, k, v):
+        """`causal_attention` of each node: q (1, heads, instructions and nodes, head_dim)."""
+        shared = self.attend_at(self.shared, self.shared, q, k, v)
+        out = self.attend_at(self.paths, self.slots, q, k, v)
+        out = out.transpose(1, 2).flatten(0, 1)  # (texts * longest, heads, head_dim)
+        out = out.index_select(0, self.places)  # (nodes, heads, head_dim)
+        return torch.cat([shared, out.transpose(0, 1)[None]], 2)
+
+    def attend_at(self, nodes, slots, q, k, v):
+        """`causal_attention` of some nodes (texts, some): (texts, heads, some, head_dim)."""
+        return causal_attention(gather(q, nodes), gather(k, slots), gather(v, slots))
+
+
+def gather(x, nodes):
+    """x (1, heads, all nodes, head_dim), nodes (texts, some) -> (texts, heads, some, head_dim)."""
+    rows = x[0].transpose(0, 1).flatten(1)  # (all nodes, heads * head_dim)
+    found = F.embedding(nodes, rows)  # rows[nodes], with a faster backward pass
+    return found.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
 
 
 def bfloat16_is_fast(device):
@@ -521,19 +603,20 @@ class TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def slices(weight, tokens):
-        rows = max(SLICE_ROWS, SLICE_ELEMENTS // len(weight))
-        return [slice(i, i + rows) for i in range(0, tokens, rows)]
+    def slices(x, size):
+        rows = max(1, SLICE_ELEMENTS[x.device.type] // size)
+        return [slice(i, i + rows) for i in range(0, len(x), rows)]
 
     @staticmethod
-    def forward(ctx, x, weight, targets, temperature):
+    def forward(ctx, x, weight, targets, size, temperature):
         logprobs = x.new_empty(len(x), dtype=torch.float32)
         entropies = torch.empty_like(logprobs)
-        for part in TokenLogprobs.slices(weight, len(x)):
-            table = log_probabilities(x[part], weight, temperature)
+        for part in TokenLogprobs.slices(x, size):
+            table = log_probabilities(x[part], weight[:size], temperature)
             logprobs[part] = table.gather(1, targets[part, None])[:, 0]
             entropies[part] = torch.special.entr(table.exp()).sum(-1)
         ctx.save_for_backward(x, weight, targets, entropies)
+        ctx.size = size
         ctx.temperature = temperature
         return logprobs, entropies
 
@@ -542,17 +625,18 @@ class TokenLogprobs(torch.autograd.Function):
         x, weight, targets, entropies = ctx.saved_tensors
         of_x = torch.empty_like(x)
         of_weight = torch.zeros_like(weight)
-        for part in TokenLogprobs.slices(weight, len(x)):
+        weight = weight[: ctx.size]
+        for part in TokenLogprobs.slices(x, ctx.size):
             table = log_probabilities(x[part], weight, ctx.temperature)
             p = table.exp()
-            # -p of_logprobs - p (log p + H) of_entropies, in place
-            of_z = table.add_(entropies[part, None]).mul_(of_entropies[part, None])
-            of_z.add_(of_logprobs[part, None]).mul_(p).neg_()
-            of_z.scatter_add_(1, targets[part, None], of_logprobs[part, None])
-            of_z = (of_z / ctx.temperature).to(x.dtype)
+            a = of_logprobs[part, None] / ctx.temperature
+            b = of_entropies[part, None] / ctx.temperature
+            # a (1[target] - p) - b p (log p + H), in few passes over the table
+            of_z = torch.addcmul(-a - b * entropies[part, None], table, -b).mul_(p)
+            of_z = of_z.scatter_add_(1, targets[part, None], a).to(x.dtype)
             of_x[part] = of_z @ weight
-            of_weight.addmm_(of_z.T, x[part])
-        return of_x, of_weight, None, None
+            of_weight[: ctx.size].addmm_(of_z.T, x[part])
+        return of_x, of_weight, None, None, None
 
 
 def capture(step, token, cache):

@@ -916,7 +916,7 @@ def test_scores_are_those_of_whole_texts(name, recompute, monkeypatch):
     agent.model.model.recompute = recompute
     found = with_gradient(*agent.score(answers))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert bool(again) == recompute
+    assert (lm.Block in {type(one) for one in again}) == recompute
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -968,8 +968,7 @@ def test_causal_attention_is_its_formula_in_value_and_gradient(time, slots, devi
 @pytest.mark.parametrize("rows", [1, 3, 22, 23, 256])
 def test_log_probabilities_in_slices_are_those_of_one_table(rows, monkeypatch):
     """In value and in gradient, which is written by hand, of the tokens that count."""
-    monkeypatch.setattr(lm, "SLICE_ROWS", rows)
-    monkeypatch.setattr(lm, "SLICE_ELEMENTS", 1)
+    monkeypatch.setattr(lm, "SLICE_ELEMENTS", {"cpu": 9 * rows})
     model = corridor_agent().model
     torch.manual_seed(1)
     x = torch.randn(23, 16, requires_grad=True)
@@ -1131,13 +1130,13 @@ def test_two_processes_have_the_gradient_of_one(budget, monkeypatch):
 
 
 def test_a_part_without_advantage_is_no_update():
-    learner = tiny_learner(update_episodes=1, entropy_floor=0.0)
+    learner = tiny_learner(update_episodes=1, entropy_coef=0.0, entropy_floor=0.0)
     episodes = [
-        [Step(Answer((1, 2), (token,), [-5.0]), credit=credit)]
-        for token, credit in enumerate((0.0, 1.0, -1.0), start=3)
+        [Step(Answer((1, 2), (token,), [0.0]), credit=credit)]
+        for token, credit in enumerate((0.0, 1.0, 2.0), start=3)
     ]
     updates = train.learn(
-        learner.trainee("go"), learner, episodes, torch.tensor([0.0, 1.0, -1.0]), [2, 0, 1], 1e-6
+        learner.trainee("go"), learner, episodes, torch.tensor([0.0, 1.0, 2.0]), [2, 0, 1], 1e-6
     )
     assert [update["trained"] for update in updates] == [1, 1]
     assert all(update["grad_norm"] > 0 for update in updates)
@@ -1153,12 +1152,12 @@ def test_the_learning_rate_rises_then_falls():
 def test_an_imagined_episode_is_as_good_as_the_mean_of_all_or_the_worst():
     """Means with it: (0 + .5) / 3, (1 + .5) / 3, and equal returns."""
     returns = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
-    settings = tiny_settings(imagine=True, normalize_std=False)
+    settings = tiny_settings(group_size=2, imagine=True, normalize_std=False)
     found = train.group_advantages(returns, settings)
     expected = torch.tensor([[-1 / 6, -1 / 6], [0.5, -0.5], [0, 0]])
     torch.testing.assert_close(found, expected)
     assert found[2].tolist() == [0, 0]
-    settings = tiny_settings(imagine=False, normalize_std=False)
+    settings = tiny_settings(group_size=2, imagine=False, normalize_std=False)
     plain = train.group_advantages(returns, settings)
     assert plain.tolist() == [[0, 0], [0.5, -0.5], [0, 0]]
 
@@ -1294,6 +1293,7 @@ def test_every_held_out_map_is_evaluated_once():
     assert figures["success"] == pytest.approx(figures["reflex1"])
     assert figures["reflex1"] == pytest.approx(0.747, abs=5e-4)
     assert figures["reflex2"] == pytest.approx(0.844, abs=5e-4)
+    assert figures["reflex3"] > 0.93
     assert figures["optimal"] == pytest.approx(1)
     assert figures["random"] == pytest.approx(0.0056, abs=5e-5)
     assert figures["unweighted"] < figures["success"]
@@ -1567,7 +1567,7 @@ def iterations(warm, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(msgrpo, "play", playing)
         patch.setattr(train, "accumulate_gradient", accumulating)
-        flags = "--group-size 6 --scenario bigslippery --temperature 1.5"
+        flags = "--group-size 6 --scenario bigslippery --temperature 1.5 --learning-rate 0.003"
         assert start(warm, tmp_path_factory.mktemp("runs") / "run", flags) == 0
     assert len(seen) == 4
     return seen

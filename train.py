@@ -148,24 +148,24 @@ def iterate(player, trainee, learner, iteration, replay_pool):
     # 5. Draw the episodes to train on
     count = max(1, round(s.keep * len(episodes)))
     drawn = msgrpo.draw_episodes(advantages, s.sampling, count, rng)
-    drawn = rng.permutation(drawn)
+    rng.shuffle(drawn)  # ours: updates take them in a random order
 
     # 6. Ascend the clipped objective
     updates = learn(trainee, learner, episodes, advantages, drawn, learning_rate(s, iteration))
 
     lost = [desc for desc, won in zip(maps, success.all(1)) if not won]
     replay_pool[:] = (remaining + lost)[-256:]
-    metrics = summarize(episodes, returns, success, replayed, updates)
-    metrics["rollout_gap"] = rollout_gap
-    metrics["nonzero_episodes"] = int((advantages != 0).sum())
-    metrics["drawn_episodes"] = len(drawn)
-    return metrics
+    return summarize(episodes, returns, success, replayed, updates) | {
+        "rollout_gap": rollout_gap,
+        "nonzero_episodes": int((advantages != 0).sum()),
+        "drawn_episodes": len(drawn),
+    }
 
 
 def learn(trainee, learner, episodes, advantages, drawn, rate):
     """Optimiser steps on the drawn episodes, about `update_episodes` each: a dict per step."""
     s = learner.settings
-    if len(drawn) == 0:
+    if not drawn:
         return []
     bonus = entropy_coefficient(s, episodes)
     updates = []
@@ -313,11 +313,10 @@ def group_advantages(returns, s):
     It is as good as the mean of all groups, or as the group's worst where that is better. So what
     always fails becomes less likely, and what always wins keeps A = 0.
     """
-    if not s.imagine:
-        return msgrpo.episode_advantages(returns, s.normalize_std)
-    imagined = returns.amin(1, keepdim=True).clamp(min=returns.mean())
-    returns = torch.cat([returns, imagined], 1)
-    return msgrpo.episode_advantages(returns, s.normalize_std)[:, :-1]
+    if s.imagine:
+        imagined = returns.amin(1, keepdim=True).clamp(min=returns.mean())
+        returns = torch.cat([returns, imagined], 1)
+    return msgrpo.episode_advantages(returns, s.normalize_std)[:, : s.group_size]
 
 
 def entropy_coefficient(s, episodes):
@@ -547,7 +546,6 @@ TINY = dict(  # what differs for a model that is born here, and why
     update_episodes=64,
     normalize_std=False,  # the std blows up groups that are nearly all alike
     imagine=True,  # groups that always fail would teach nothing
-    entropy_coef=0.0,
     entropy_floor=0.15,  # keeps groups mixed
     replay=0.25,  # late in training, most new groups are all alike and teach nothing
     invalid_penalty=0.5,  # keeps the answers' form
@@ -695,18 +693,19 @@ def progress_line(m, iterations, ends):
 SCORES = {  # columns of the scoreboard
     "success": "success",
     "half_interval": "+-",
-    "unweighted": "each once",
+    "unweighted": "each map",
     "valid": "valid",
     "random": "random",
     "reflex1": "reflex1",
     "reflex2": "reflex2",
+    "reflex3": "reflex3",
     "optimal": "optimal",
 }
 
 
 def score_line(name, cells):
     """A line of the scoreboard: what is learned beside players who do not learn."""
-    return f"{name:12s}" + "".join(f"{cell:>10}" for cell in cells)
+    return f"{name:12s}" + "".join(f"{cell:>9}" for cell in cells)
 
 
 def write(path, content):

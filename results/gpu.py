@@ -215,6 +215,7 @@ def prediction(c, settings, args, player, lake):
         micro_batch_tokens=settings.micro_batch_tokens,
         processes=1,
         dtype=args.dtype,
+        device=args.device,
         size=getattr(torch, args.dtype).itemsize,
         recompute=settings.recompute,
     )

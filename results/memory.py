@@ -73,27 +73,28 @@ def update(c, args):
     rows = max(1, min(at_most, args.update_episodes * args.steps))
     read = args.state + args.new - 1  # tokens of a row; an answer's last one is not read
     tokens = args.shared + rows * read
-    slots = tokens + rows * args.shared
+    in_texts = rows * read  # each text's queries, keys and values, gathered for its attention
+    slots = args.shared + in_texts + rows * args.shared
     q = c.num_attention_heads * c.head_dim
     kv = c.num_key_value_heads * c.head_dim
 
-    # What a layer keeps of a token: both norms' inputs and two outputs each; queries, attention's
-    # output as it is and as o_proj wants it; gate, its silu, up, and their product
-    of_token = 6 * c.hidden_size + 3 * q + 4 * c.intermediate_size
-    layer = tokens * of_token + slots * 2 * kv
-    # Gradients in a layer's backward pass: of product, silu and up; of what goes in and comes out
-    backward = tokens * (3 * c.intermediate_size + 2 * c.hidden_size)
+    # What a layer keeps of a token: both norms' inputs and outputs; attention's output as o_proj
+    # wants it; gate and up. Of a text's token: queries and attention's output
+    of_token = 4 * c.hidden_size + q + 2 * c.intermediate_size
+    layer = tokens * of_token + (args.shared + in_texts) * 2 * q + slots * 2 * kv
+    # Gradients in a layer's backward pass: of product, silu and up; of what goes in and comes out;
+    # silu and product, which are computed again
+    backward = tokens * (5 * c.intermediate_size + 2 * c.hidden_size)
     if args.recompute:
         kept = c.num_hidden_layers * tokens * c.hidden_size
-        backward += layer
+        backward += layer + tokens * 2 * c.hidden_size  # the norms' inner results too
     else:
         kept = c.num_hidden_layers * layer
     kept += 3 * tokens * c.hidden_size  # the last norm
 
     head = c.vocab_size * c.hidden_size  # its gradient in the numbers of the pass
-    at_once = max(lm.SLICE_ROWS, lm.SLICE_ELEMENTS // c.vocab_size)  # tokens of a slice
-    elements = min(rows * args.new, at_once) * c.vocab_size  # of a slice's table
-    tables = 6 * 4 * elements  # logits, log-probabilities, their exp, gradients
+    elements = min(rows * args.new * c.vocab_size, lm.SLICE_ELEMENTS[args.device])  # of a slice
+    tables = 4 * 4 * elements  # logits, log-probabilities, their exp, gradients
     at_the_head = tables + args.size * head
     in_a_layer = args.size * backward
     return args.size * (kept + head) + max(at_the_head, in_a_layer)
@@ -170,8 +171,8 @@ def check_case(case, args):
     args.eval_episodes = 8
     args.steps = 3  # at least two full micro-batches: in the second one, gradients are there
     args.micro_batch_tokens = 1500
-    lm.SLICE_ROWS = case["slice"]
-    lm.SLICE_ELEMENTS = 1
+    args.device = "cpu"
+    lm.SLICE_ELEMENTS["cpu"] = case["slice"] * 16384
     width = case["hidden_size"]
     c = lm.Config("llama", 16384, width, 3 * width, case["num_hidden_layers"], 8, 2, width // 8)
     predicted = estimate(c, args)["total"]
@@ -206,6 +207,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="measure small models; Linux alone")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.device = "cuda"
     args.size = 2 if args.dtype == "bfloat16" else 4  # bytes of a number in a pass
     if args.check:
         check()
