@@ -181,10 +181,7 @@ def draw_episodes(advantages, sampling, count, rng):
 def policy_loss(logprobs, old_logprobs, credit, entropies, clip=0.2, entropy_coef=0.0):
     """The loss of each token, and where the clip is active; all tensors are (tokens,).
 
-        -min(rho A, clip(rho, 1 - eps, 1 + eps) A) - c H,   rho = exp(logprobs - old_logprobs)
-
-    Ours: the entropy bonus c H counts only where |log rho| <= log(1 + eps). A bonus without a bound
-    can wreck the form of the answers within one iteration.
+    -min(rho A, clip(rho, 1 - eps, 1 + eps) A) - c H,   rho = exp(logprobs - old_logprobs)
     """
     # exp must not overflow; beyond these bounds there is no gradient
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
@@ -193,8 +190,7 @@ def policy_loss(logprobs, old_logprobs, credit, entropies, clip=0.2, entropy_coe
     clipped_objective = ratio.clamp(1 - clip, 1 + clip) * credit
     loss = -torch.minimum(objective, clipped_objective)
     if entropy_coef:
-        is_near = log_ratio.detach().abs().expm1() <= clip
-        loss = loss - entropy_coef * torch.where(is_near, entropies, 0.0)
+        loss = loss - entropy_coef * entropies
     return loss, clipped_objective < objective
 
 

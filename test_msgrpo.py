@@ -622,9 +622,7 @@ def token_loss(logprob, old_logprob, credit, entropy, clip, entropy_coef):
     """One token's loss, with Python's own min and max; also whether its clip is active."""
     ratio = (logprob - old_logprob).exp()
     clipped_ratio = min(max(ratio, 1 - clip), 1 + clip)
-    loss = -min(ratio * credit, clipped_ratio * credit)
-    if abs(logprob.item() - old_logprob.item()) <= math.log(1 + clip):
-        loss = loss - entropy_coef * entropy
+    loss = -min(ratio * credit, clipped_ratio * credit) - entropy_coef * entropy
     return loss, bool(clipped_ratio * credit < ratio * credit)
 
 
@@ -1110,20 +1108,20 @@ def test_processes_share_the_passes_of_an_update(unequal, passes, monkeypatch):
 def test_two_processes_have_the_gradient_of_one(budget, monkeypatch):
     """FSDP2 averages their gradients."""
     agent = corridor_agent()
-    settings = tiny_settings(micro_batch_tokens=budget, entropy_coef=0.1)
+    settings = tiny_settings(micro_batch_tokens=budget)
     episodes = msgrpo.play(agent, corridors(5))
     msgrpo.assign_credit(episodes, ADVANTAGES[:5])
     expected = msgrpo.accumulate_gradient(agent, episodes, entropy_coef=0.1)
     whole = gradient(agent.model)
 
     agent.model.zero_grad()
-    found = train.accumulate_gradient(agent, episodes, settings, can_stop=False)
+    found = train.accumulate_gradient(agent, episodes, settings, 0.1, can_stop=False)
     assert found == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(gradient(agent.model), whole)
 
     agent.model.zero_grad()
     found = [
-        train.accumulate_gradient(agent, episodes, settings, can_stop=False)
+        train.accumulate_gradient(agent, episodes, settings, 0.1, can_stop=False)
         for _ in two_ranks(monkeypatch)
     ]
     torch.testing.assert_close(gradient(agent.model) / 2, whole)
@@ -1131,29 +1129,17 @@ def test_two_processes_have_the_gradient_of_one(budget, monkeypatch):
         assert sum(of_rank[key] for of_rank in found) == pytest.approx(expected[key], abs=1e-6)
 
 
-def far_episode(token, gap):
-    """An episode of one answer, sampled by a policy that is away from the tiny one by this gap."""
-    learner = tiny_learner()
-    answer = Answer((1, 2), (token,))
-    with torch.no_grad():
-        logprob = learner.trainee("go").score([answer])[0].item()
-    answer.logprobs = [logprob - gap]
-    return [Step(answer, credit=1.0)]
-
-
-def test_updates_end_where_the_policy_has_gone_too_far():
-    """And leave no gradient behind; a part without advantage is no update."""
-    learner = tiny_learner(update_episodes=1, max_gap=0.5, entropy_coef=0.0)
-    gaps = [0.1, 0.1, 0.9, 0.1]
-    episodes = [far_episode(token, gap) for token, gap in enumerate(gaps, start=3)]
-    episodes[0][0].credit = 0.0
-    advantages = torch.tensor([0.0, 1.0, 1.0, 1.0])
+def test_a_part_without_advantage_is_no_update():
+    learner = tiny_learner(update_episodes=1, entropy_coef=0.0, entropy_floor=0.0)
+    episodes = [
+        [Step(Answer((1, 2), (token,), [0.0]), credit=credit)]
+        for token, credit in enumerate((0.0, 1.0, 2.0), start=3)
+    ]
     updates = train.learn(
-        learner.trainee("go"), learner, episodes, advantages, [0, 1, 2, 3], rate=1e-6
+        learner.trainee("go"), learner, episodes, torch.tensor([0.0, 1.0, 2.0]), [2, 0, 1], 1e-6
     )
-    assert [update["trained"] for update in updates] == [1]
-    assert updates[0]["logprob_gap"] == pytest.approx(0.1, abs=1e-4)
-    assert updates[0]["grad_norm"] > 0
+    assert [update["trained"] for update in updates] == [1, 1]
+    assert all(update["grad_norm"] > 0 for update in updates)
     assert all(weight.grad is None for weight in learner.master.parameters())
 
 
@@ -1163,14 +1149,26 @@ def test_the_learning_rate_rises_then_falls():
     assert found == pytest.approx([0.2, 1.0, 2.0, 1.5, 1.0])
 
 
-@pytest.mark.parametrize("explore, added", [(0, 0), (2, 2), (99, 5)])
-def test_exploring_adds_episodes_of_groups_without_success(explore, added):
-    settings = tiny_settings(group_size=3, explore=explore)
-    success = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], bool)
-    found = train.explore([1, 3], success, settings, np.random.default_rng(0))
-    assert found == sorted(set(found))
-    assert len(found) == 2 + added
-    assert {1, 3} <= set(found) <= {0, 1, 2, 3, 6, 7, 8}
+def test_an_imagined_episode_is_as_good_as_the_mean_of_all_or_the_worst():
+    """Means with it: (0 + .5) / 3, (1 + .5) / 3, and equal returns."""
+    returns = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    settings = tiny_settings(group_size=2, imagine=True, normalize_std=False)
+    found = train.group_advantages(returns, settings)
+    expected = torch.tensor([[-1 / 6, -1 / 6], [0.5, -0.5], [0, 0]])
+    torch.testing.assert_close(found, expected)
+    assert found[2].tolist() == [0, 0]
+    settings = tiny_settings(group_size=2, imagine=False, normalize_std=False)
+    plain = train.group_advantages(returns, settings)
+    assert plain.tolist() == [[0, 0], [0.5, -0.5], [0, 0]]
+
+
+def test_the_entropy_bonus_grows_below_the_floor():
+    answers = [Answer((0,), (1, 2), [-0.3, -0.1]), Answer((0,), (1,), [-0.2])]
+    episodes = [[Step(answer)] for answer in answers]  # entropy: .2
+    for floor, expected in ((0.0, 0.01), (0.2, 0.01), (0.25, 0.06)):
+        settings = tiny_settings(entropy_coef=0.01, entropy_floor=floor)
+        found = train.entropy_coefficient(settings, episodes)
+        assert found == pytest.approx(expected)
 
 
 class ByRule:
@@ -1197,7 +1195,7 @@ def test_the_books_of_an_iteration(monkeypatch):
     monkeypatch.setattr(train, "learn", lambda *args: [])
     script = iter(["right", "right", "right", "left", "right", "right"] + ["right", "right"])
     policy = ByRule(lambda text: next(script, "left"))
-    settings = tiny_settings(groups=3, group_size=2, replay=0.4, explore=0)
+    settings = tiny_settings(groups=3, group_size=2, replay=0.4, imagine=False)
     failed = [["SFG"]] * 300
     metrics = train.iterate(policy, None, SimpleNamespace(settings=settings), 5, failed)
     # On SFG both win in two steps, on SG one wins in a step, the other goes left eight times, on SH
@@ -1361,7 +1359,7 @@ def warm(tmp_path_factory):
 
 
 QUICK = (
-    "--iterations 4 --groups 4 --group-size 4 --update-episodes 4 --max-new-tokens 3 --max-gap 9 "
+    "--iterations 4 --groups 4 --group-size 4 --update-episodes 4 --max-new-tokens 3 "
     f"--learning-rate 0.01 --invalid-penalty 0.5 --eval-episodes 1 --checkpoint-every 2 {CPU}"
 )
 
@@ -1569,7 +1567,7 @@ def iterations(warm, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(msgrpo, "play", playing)
         patch.setattr(train, "accumulate_gradient", accumulating)
-        flags = "--group-size 6 --scenario bigslippery --temperature 1.5"
+        flags = "--group-size 6 --scenario bigslippery --temperature 1.5 --learning-rate 0.003"
         assert start(warm, tmp_path_factory.mktemp("runs") / "run", flags) == 0
     assert len(seen) == 4
     return seen
@@ -1631,20 +1629,21 @@ CHANGES = {  # for every setting flags that QUICK has not
     "normalize_std": "--no-normalize-std",
     "update_episodes": "--update-episodes 2",
     "clip": "--clip 1e-6",
-    "max_gap": "--max-gap 0",
     "entropy_coef": "--entropy-coef 0.5",
     "learning_rate": "--learning-rate 0.002",
     "grad_clip": "--grad-clip 1e-9",
     "temperature": "--temperature 0.8",
     "max_new_tokens": "--max-new-tokens 2",
     "invalid_penalty": "--invalid-penalty 5",
+    "imagine": "--imagine",
+    "entropy_floor": "--entropy-floor 9",
     "replay": "--replay 1",
     "warmup_steps": "--warmup-steps 1",
     "dtype": "--dtype bfloat16",
     "micro_batch_tokens": "--micro-batch-tokens 10",
 }
 # These change nothing in a short run, or nothing at all: each has a test of its own.
-NO_CHANGE = {"final_rate", "explore", "checkpoint", "checkpoint_every", "device"}
+NO_CHANGE = {"final_rate", "checkpoint", "checkpoint_every", "device"}
 NO_CHANGE |= {"threads", "recompute"}
 
 
@@ -1685,7 +1684,7 @@ REFUSALS = {  # use: a word of the message
     "": "--tiny",
     "--tiny --gamma 2": "gamma",
     "--tiny --gamma nan": "gamma",
-    "--tiny --max-gap inf": "max-gap",
+    "--tiny --grad-clip inf": "grad-clip",
     "--tiny --groups 0": "groups",
     "--tiny --threads 100000000000": "threads",
     "--tiny --sampling best": "sampling",
@@ -2066,7 +2065,7 @@ def test_a_frozen_lake_is_learned(warm, tmp_path, monkeypatch):
 
     monkeypatch.setattr(frozenlake, "draw_map", draw_one)
     flags = "--iterations 18 --group-size 32 --update-episodes 16 --learning-rate 0.003"
-    assert start(warm, tmp_path / "a", f"{flags} --temperature 1 --max-gap 0.15") == 0
+    assert start(warm, tmp_path / "a", f"{flags} --temperature 1") == 0
     success = [record["success"] for record in read_metrics(tmp_path / "a")]
     assert success[0] < 0.1
     assert np.mean(success[-5:]) > 0.4

@@ -79,8 +79,9 @@ class Settings:
     normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
     update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
     clip: float = setting(0.2, "how far the ratio may leave 1 before the clip [author]")
-    max_gap: float = setting(0.15, "mean |log ratio| at which the iteration's updates end")
+    imagine: bool = setting(False, "compare each group with an imagined episode of mean return too")
     entropy_coef: float = setting(0.001, "of the entropy bonus, per token in nats [author]")
+    entropy_floor: float = setting(0.0, "the bonus grows by what the entropy is below, in nats")
     learning_rate: float = setting(1e-6, "of AdamW, after a ramp of ten iterations [author]")
     final_rate: float = setting(1.0, "share of it left at the end; 1: constant [author]", 0, 1)
     grad_clip: float = setting(1.0, "largest norm of a gradient [author]")
@@ -88,7 +89,6 @@ class Settings:
     max_new_tokens: int = setting(0, "of an answer; 0: 16, with --think 256 [author]")
     invalid_penalty: float = setting(0.0, "taken off for an invalid answer, which moves nothing")
     replay: float = setting(0.0, "share of groups on maps where an episode failed before", 0, 1)
-    explore: int = setting(0, "most episodes added from groups without success")
     warmup_steps: int = setting(0, "steps of next-token prediction on the game's text at the start")
     dtype: str = setting(DTYPE, "numbers of passes", choices=("float32", "bfloat16"))
     device: str = setting(DEVICE, "of the model: cpu, cuda or cuda:N")
@@ -140,7 +140,7 @@ def iterate(player, trainee, learner, iteration, replay_pool):
     returns = msgrpo.episode_returns(episodes).view(s.groups, s.group_size)
 
     # 3. Advantages in the group
-    advantages = msgrpo.episode_advantages(returns, s.normalize_std).flatten()
+    advantages = group_advantages(returns, s).flatten()
 
     # 4. Each step is paid its episode's advantage
     msgrpo.assign_credit(episodes, advantages, s.gamma)
@@ -148,38 +148,32 @@ def iterate(player, trainee, learner, iteration, replay_pool):
     # 5. Draw the episodes to train on
     count = max(1, round(s.keep * len(episodes)))
     drawn = msgrpo.draw_episodes(advantages, s.sampling, count, rng)
-    drawn = explore(drawn, success, s, rng)
+    rng.shuffle(drawn)  # ours: updates take them in a random order
 
     # 6. Ascend the clipped objective
     updates = learn(trainee, learner, episodes, advantages, drawn, learning_rate(s, iteration))
 
     lost = [desc for desc, won in zip(maps, success.all(1)) if not won]
     replay_pool[:] = (remaining + lost)[-256:]
-    metrics = summarize(episodes, returns, success, replayed, updates)
-    metrics["rollout_gap"] = rollout_gap
-    metrics["nonzero_episodes"] = int((advantages != 0).sum())
-    metrics["drawn_episodes"] = len(drawn)
-    return metrics
+    return summarize(episodes, returns, success, replayed, updates) | {
+        "rollout_gap": rollout_gap,
+        "nonzero_episodes": int((advantages != 0).sum()),
+        "drawn_episodes": len(drawn),
+    }
 
 
 def learn(trainee, learner, episodes, advantages, drawn, rate):
-    """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
-
-    Ours: the steps end where the policy is further than `max_gap` from the one that played. The gap
-    comes with the pass, whose gradient is then thrown away.
-    """
+    """Optimiser steps on the drawn episodes, about `update_episodes` each: a dict per step."""
     s = learner.settings
     if not drawn:
         return []
+    bonus = entropy_coefficient(s, episodes)
     updates = []
     for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))):
-        if not s.entropy_coef and not advantages[part].any():
+        if not bonus and not advantages[part].any():
             continue  # nothing to learn from
         can_stop = not updates  # while the weights are still those of the iteration's start
-        update = accumulate_gradient(trainee, [episodes[i] for i in part], s, can_stop)
-        if update["logprob_gap"] > s.max_gap:
-            learner.optimizer.zero_grad()
-            break
+        update = accumulate_gradient(trainee, [episodes[i] for i in part], s, bonus, can_stop)
         update["grad_norm"] = learner.update(rate)
         update["trained"] = int((advantages[part] != 0).sum())
         updates.append(update)
@@ -283,10 +277,10 @@ def share_passes(steps, budget):
     return passes
 
 
-def accumulate_gradient(trainee, episodes, s, can_stop):
+def accumulate_gradient(trainee, episodes, s, entropy_coef, can_stop):
     """As msgrpo.accumulate_gradient, with its passes shared by the processes."""
     steps = [step for episode in episodes for step in episode]
-    scored = msgrpo.steps_to_score(steps, s.entropy_coef)
+    scored = msgrpo.steps_to_score(steps, entropy_coef)
     tokens = msgrpo.count_tokens(steps)
     sums = torch.zeros(4, dtype=torch.float64)
     passes = share_passes(scored, s.micro_batch_tokens)
@@ -295,7 +289,7 @@ def accumulate_gradient(trainee, episodes, s, can_stop):
         stop_if(can_stop and INTERRUPTS.asked)
         # The processes' gradients are averaged, not added: hence the factor
         scale = weight * WORLD
-        sums += weight * msgrpo.backward(trainee, batch, tokens, s.clip, s.entropy_coef, scale)
+        sums += weight * msgrpo.backward(trainee, batch, tokens, s.clip, entropy_coef, scale)
     sums = sum(gather([sums]))
     return msgrpo.statistics(sums, tokens, msgrpo.count_tokens(scored))
 
@@ -313,12 +307,22 @@ def choose_maps(s, replay_pool, rng):
     return maps, replayed, remaining
 
 
-def explore(drawn, success, s, rng):
-    """Ours: add up to `explore` episodes of groups that never succeeded, for the entropy bonus."""
-    without_success = ~success.any(1)  # (groups,)
-    candidates = np.flatnonzero(np.repeat(without_success, s.group_size))
-    added = rng.permutation(candidates)[: s.explore]
-    return sorted({*drawn, *added.tolist()})
+def group_advantages(returns, s):
+    """Advantages (groups, G). Ours: with `imagine`, each group has one more episode.
+
+    It is as good as the mean of all groups, or as the group's worst where that is better. So what
+    always fails becomes less likely, and what always wins keeps A = 0.
+    """
+    if s.imagine:
+        imagined = returns.amin(1, keepdim=True).clamp(min=returns.mean())
+        returns = torch.cat([returns, imagined], 1)
+    return msgrpo.episode_advantages(returns, s.normalize_std)[:, : s.group_size]
+
+
+def entropy_coefficient(s, episodes):
+    """Ours: the bonus grows as far as the entropy, the mean of -log p, is below `entropy_floor`."""
+    logprobs = [x for episode in episodes for step in episode for x in step.answer.logprobs]
+    return s.entropy_coef + max(0.0, s.entropy_floor + float(np.mean(logprobs)))
 
 
 def learning_rate(s, iteration):
@@ -536,16 +540,16 @@ def shard(model, dtype, device):
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=240,
+    iterations=130,
     groups=64,  # many maps, few episodes of each
     group_size=8,
     update_episodes=64,
     normalize_std=False,  # the std blows up groups that are nearly all alike
-    replay=0.5,  # late in training, most new groups are all alike and teach nothing
-    explore=128,  # maps that always fail give no gradient; the bonus keeps the policy unsure there
-    entropy_coef=0.05,  # keeps groups mixed
+    imagine=True,  # groups that always fail would teach nothing
+    entropy_floor=0.15,  # keeps groups mixed
+    replay=0.25,  # late in training, most new groups are all alike and teach nothing
     invalid_penalty=0.5,  # keeps the answers' form
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     final_rate=0.05,
     grad_clip=0.1,  # gradients grow tenfold when the model begins to look at the map
     temperature=1.0,

@@ -8,6 +8,9 @@ episodes of a group are alike and there is nothing to learn from. Here two examp
 state, as turns of the model's own chat, and the answer's tags are given: the model says the word
 between them, any one token of its vocabulary. An episode has 12 steps, not 8, so that random play
 wins now and then. All else is train.py; flags that are given replace FLAGS.
+
+The runs that are kept had --explore 64 and --max-gap .5 too, which are gone. With FLAGS as they
+stand it was not run.
 """
 
 import sys
@@ -24,7 +27,7 @@ from msgrpo import Answer
 
 EXAMPLES = [("P___ _O_O ___O O__G", "down"), ("_O__ _P__ _O__ ___G", "right")]  # none is held out
 FLAGS = """--iterations 60 --groups 16 --group-size 64 --replay .5 --update-episodes 128
-    --explore 64 --no-normalize-std --learning-rate 1e-4 --final-rate .1 --max-gap .5
+    --no-normalize-std --learning-rate 1e-4 --final-rate .1
     --entropy-coef .03 --invalid-penalty .5 --temperature 1 --max-new-tokens 1 --max-steps 12
     --micro-batch-tokens 8192 --checkpoint-every 1 --eval-episodes 100 --threads 1""".split()
 OPEN = "<action>"

@@ -3,9 +3,9 @@
     python results/tiny.py --seeds 2000 2001 2002        with an evaluation every 20 iterations
     python results/tiny.py --report                      the table alone
 
-Flags that are not known here go to train.py, for ablations: `--name no-replay --replay 0`. The
-metrics, settings and summary of a seed are kept in results/tiny/NAME/SEED. One that is there is not
-run again.
+Flags that are not known here go to train.py, for ablations: `--name no-floor --entropy-floor 0`.
+The metrics, settings and summary of a seed are kept in results/tiny/NAME/SEED. One that is there is
+not run again.
 """
 
 import argparse
