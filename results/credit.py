@@ -59,9 +59,9 @@ given what was best on "key 20"; there `to go` came out better than `whole episo
 entropy coefficient, and on a tuning seed that difference went with the coefficient, not with the
 arm. Runs with other settings than the tuned ones stay in runs.jsonl and out of the tables. (3)
 Before any run on a lake: the draw arms are not tuned, but take what was best for `whole episode` on
-"lake" (the arm `all`), which favours `all`; and the order below was changed, for want of time, so
-that what is cut last to first is "cost", the critic and the std in the main games, free answers,
-"slippery".
+"lake" (the arm `all`), which favours `all`. (4) For want of time, the critic and the std went behind
+the other parts, which are done in the order below; what has not been reached is named in the report.
+When this was decided, 24 tuning runs on "lake" were done.
 
 Measures. Every ten iterations 100 held-out starts are played greedily: a share of successes (the
 door opened with the key, or the goal reached). Main: `area`, the mean of that share over the run
@@ -544,11 +544,12 @@ FIRST = range(500, 505)
 ORDER = (  # (games, arms, seeds): what is done first to last
     (KEY_GAMES, ARMS[:6], range(500, 510)),
     (("coin lake",), ARMS[:6], range(500, 510)),
-    (("lake",), ARMS, FIRST),
+    (("lake",), ARMS[:6], FIRST),
     (("lake",), DRAWS, FIRST),
-    (("slippery",), ARMS, FIRST),
     (("key 10",), FREE, FIRST),
+    (("slippery",), ARMS[:6], FIRST),
     (MAIN_GAMES, ARMS[6:], range(500, 510)),
+    (("lake", "slippery"), ARMS[6:], FIRST),
     (("cost",), ARMS, FIRST),
 )
 
