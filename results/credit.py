@@ -59,9 +59,8 @@ given what was best on "key 20"; there `to go` came out better than `whole episo
 entropy coefficient, and on a tuning seed that difference went with the coefficient, not with the
 arm. Runs with other settings than the tuned ones stay in runs.jsonl and out of the tables. (3)
 Before any run on a lake: the draw arms are not tuned, but take what was best for `whole episode` on
-"lake" (the arm `all`), which favours `all`. (4) For want of time, the critic and the std went behind
-the other parts, which are done in the order below; what has not been reached is named in the report.
-When this was decided, 24 tuning runs on "lake" were done.
+"lake" (the arm `all`), which favours `all`. (4) After 24 tuning runs on "lake", for want of time:
+the critic and the std went behind the other parts.
 
 Measures. Every ten iterations 100 held-out starts are played greedily: a share of successes (the
 door opened with the key, or the goal reached). Main: `area`, the mean of that share over the run
@@ -82,9 +81,8 @@ alone, it differs little from `to go`. If whole episode is worse than `to go` in
 too, its simplicity has a price wherever rewards come on the way; if not, it is good enough
 there.
 
-Order: as ORDER below says, each part's tuning before its reported runs, those seed by seed. "coin
-lake" went behind seeds 505 to 509 of the key games for want of time, after eleven of its tuning
-runs. What has not been run is named in the report.
+Order: as ORDER below says, each part's tuning before its reported runs, those seed by seed. What
+has not been run is named in the report.
 """
 
 import argparse
