@@ -1129,17 +1129,29 @@ def test_two_processes_have_the_gradient_of_one(budget, monkeypatch):
         assert sum(of_rank[key] for of_rank in found) == pytest.approx(expected[key], abs=1e-6)
 
 
-def test_a_part_without_advantage_is_no_update():
-    learner = tiny_learner(update_episodes=1, entropy_coef=0.0, entropy_floor=0.0)
-    episodes = [
-        [Step(Answer((1, 2), (token,), [0.0]), credit=credit)]
-        for token, credit in enumerate((0.0, 1.0, 2.0), start=3)
-    ]
+def far_episode(token, gap):
+    """An episode of one answer, sampled by a policy that is away from the tiny one by this gap."""
+    learner = tiny_learner()
+    answer = Answer((1, 2), (token,))
+    with torch.no_grad():
+        logprob = learner.trainee("go").score([answer])[0].item()
+    answer.logprobs = [logprob - gap]
+    return [Step(answer, credit=1.0)]
+
+
+def test_updates_end_where_the_policy_has_gone_too_far():
+    """And leave no gradient behind; a part without advantage is no update."""
+    learner = tiny_learner(update_episodes=1, max_gap=0.5, entropy_coef=0.0, entropy_floor=0.0)
+    gaps = [0.1, 0.1, 0.9, 0.1]
+    episodes = [far_episode(token, gap) for token, gap in enumerate(gaps, start=3)]
+    episodes[0][0].credit = 0.0
+    advantages = torch.tensor([0.0, 1.0, 1.0, 1.0])
     updates = train.learn(
-        learner.trainee("go"), learner, episodes, torch.tensor([0.0, 1.0, 2.0]), [2, 0, 1], 1e-6
+        learner.trainee("go"), learner, episodes, advantages, [0, 1, 2, 3], rate=1e-6
     )
-    assert [update["trained"] for update in updates] == [1, 1]
-    assert all(update["grad_norm"] > 0 for update in updates)
+    assert [update["trained"] for update in updates] == [1]
+    assert updates[0]["logprob_gap"] == pytest.approx(0.1, abs=1e-4)
+    assert updates[0]["grad_norm"] > 0
     assert all(weight.grad is None for weight in learner.master.parameters())
 
 
@@ -1359,7 +1371,7 @@ def warm(tmp_path_factory):
 
 
 QUICK = (
-    "--iterations 4 --groups 4 --group-size 4 --update-episodes 4 --max-new-tokens 3 "
+    "--iterations 4 --groups 4 --group-size 4 --update-episodes 4 --max-new-tokens 3 --max-gap 9 "
     f"--learning-rate 0.01 --invalid-penalty 0.5 --eval-episodes 1 --checkpoint-every 2 {CPU}"
 )
 
@@ -1635,6 +1647,7 @@ CHANGES = {  # for every setting flags that QUICK has not
     "temperature": "--temperature 0.8",
     "max_new_tokens": "--max-new-tokens 2",
     "invalid_penalty": "--invalid-penalty 5",
+    "max_gap": "--max-gap 0",
     "imagine": "--imagine",
     "entropy_floor": "--entropy-floor 9",
     "replay": "--replay 1",
@@ -1684,7 +1697,7 @@ REFUSALS = {  # use: a word of the message
     "": "--tiny",
     "--tiny --gamma 2": "gamma",
     "--tiny --gamma nan": "gamma",
-    "--tiny --grad-clip inf": "grad-clip",
+    "--tiny --max-gap inf": "max-gap",
     "--tiny --groups 0": "groups",
     "--tiny --threads 100000000000": "threads",
     "--tiny --sampling best": "sampling",
@@ -2065,7 +2078,7 @@ def test_a_frozen_lake_is_learned(warm, tmp_path, monkeypatch):
 
     monkeypatch.setattr(frozenlake, "draw_map", draw_one)
     flags = "--iterations 18 --group-size 32 --update-episodes 16 --learning-rate 0.003"
-    assert start(warm, tmp_path / "a", f"{flags} --temperature 1") == 0
+    assert start(warm, tmp_path / "a", f"{flags} --temperature 1 --max-gap 0.15") == 0
     success = [record["success"] for record in read_metrics(tmp_path / "a")]
     assert success[0] < 0.1
     assert np.mean(success[-5:]) > 0.4

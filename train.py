@@ -79,6 +79,7 @@ class Settings:
     normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
     update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
     clip: float = setting(0.2, "how far the ratio may leave 1 before the clip [author]")
+    max_gap: float = setting(0.15, "mean |log ratio| at which the iteration's updates end")
     imagine: bool = setting(False, "compare each group with an imagined episode of mean return too")
     entropy_coef: float = setting(0.001, "of the entropy bonus, per token in nats [author]")
     entropy_floor: float = setting(0.0, "the bonus grows by what the entropy is below, in nats")
@@ -163,7 +164,11 @@ def iterate(player, trainee, learner, iteration, replay_pool):
 
 
 def learn(trainee, learner, episodes, advantages, drawn, rate):
-    """Optimiser steps on the drawn episodes, about `update_episodes` each: a dict per step."""
+    """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
+
+    Ours: the steps end where the policy is further than `max_gap` from the one that played. The gap
+    comes with the pass, whose gradient is then thrown away.
+    """
     s = learner.settings
     if not drawn:
         return []
@@ -174,6 +179,9 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
             continue  # nothing to learn from
         can_stop = not updates  # while the weights are still those of the iteration's start
         update = accumulate_gradient(trainee, [episodes[i] for i in part], s, bonus, can_stop)
+        if update["logprob_gap"] > s.max_gap:
+            learner.optimizer.zero_grad()
+            break
         update["grad_norm"] = learner.update(rate)
         update["trained"] = int((advantages[part] != 0).sum())
         updates.append(update)
@@ -540,7 +548,7 @@ def shard(model, dtype, device):
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=130,
+    iterations=180,
     groups=64,  # many maps, few episodes of each
     group_size=8,
     update_episodes=64,

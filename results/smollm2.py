@@ -9,8 +9,11 @@ state, as turns of the model's own chat, and the answer's tags are given: the mo
 between them, any one token of its vocabulary. An episode has 12 steps, not 8, so that random play
 wins now and then. All else is train.py; flags that are given replace FLAGS.
 
-The runs that are kept had --explore 64 and --max-gap .5 too, which are gone. With FLAGS as they
-stand it was not run.
+FLAGS are for a CPU core, an hour and a half. On a GPU, in three minutes, and better:
+
+    python results/smollm2.py --checkpoint DIR --groups 64 --group-size 16 --iterations 100
+
+The runs that are kept had --explore 64 too, which is gone since.
 """
 
 import sys
@@ -27,9 +30,9 @@ from msgrpo import Answer
 
 EXAMPLES = [("P___ _O_O ___O O__G", "down"), ("_O__ _P__ _O__ ___G", "right")]  # none is held out
 FLAGS = """--iterations 60 --groups 16 --group-size 64 --replay .5 --update-episodes 128
-    --no-normalize-std --learning-rate 1e-4 --final-rate .1
+    --no-normalize-std --learning-rate 1e-4 --final-rate .1 --max-gap .5
     --entropy-coef .03 --invalid-penalty .5 --temperature 1 --max-new-tokens 1 --max-steps 12
-    --micro-batch-tokens 8192 --checkpoint-every 1 --eval-episodes 100 --threads 1""".split()
+    --micro-batch-tokens 8192 --checkpoint-every 1 --eval-episodes 503 --threads 1""".split()
 OPEN = "<action>"
 CLOSE = "</action>"
 
