@@ -5,6 +5,10 @@
 Five crossings, and a light at each. The right word leads on, a wrong one ends the walk. Nobody
 tells the model what the colours mean, nor which of its words are answers: it has the reward alone.
 The loop at the end is the whole method, by the steps of msgrpo.py.
+
+This game is easy: one word to look up, and a reward at every step. Where yours does not learn, look
+at the share of valid answers first, then at how many groups are all alike; more groups, a penalty
+for invalid answers, and the settings of train.TINY, which say why they are there, help then.
 """
 
 import sys
@@ -49,7 +53,7 @@ class Crossings:
 class Words:
     """A tokenizer of whole words. All of them end an answer, as an answer is one word."""
 
-    words = [*Crossings.instructions.split(), "light", *MEANING]
+    words = [*Crossings.instructions.split(), "light", *MEANING]  # of all texts and answers
     size = len(words)
     end_ids = frozenset(range(size))
 
@@ -74,7 +78,17 @@ def play_groups(agent, iteration):
 
 
 torch.manual_seed(0)
-model = lm.Transformer(lm.Config("llama", Words.size, 32, 64, 2, 2, 2, 16))
+config = lm.Config(
+    "llama",
+    vocab_size=Words.size,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+model = lm.Transformer(config)
 agent = lm.LanguageAgent(model, Words(), Crossings.instructions, max_new_tokens=1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 for iteration in range(1, 61):
@@ -83,10 +97,12 @@ for iteration in range(1, 61):
     returns = msgrpo.episode_returns(episodes).view(GROUPS, GROUP_SIZE)
     advantages = msgrpo.episode_advantages(returns).flatten()
     msgrpo.assign_credit(episodes, advantages)
-    drawn = msgrpo.draw_episodes(advantages, "aaw", 64, np.random.default_rng([iteration]))
+    rng = np.random.default_rng([iteration])
+    drawn = msgrpo.draw_episodes(advantages, "aaw", len(episodes) // 2, rng)
     msgrpo.accumulate_gradient(agent, [episodes[i] for i in drawn], entropy_coef=0.01)
     optimizer.step()
     optimizer.zero_grad()
     if iteration % 5 == 0:
         success = np.mean([episode[-1].success for episode in episodes])
-        print(f"iteration {iteration}: crossings {returns.mean():.2f}, success {success:.2f}")
+        valid = np.mean([step.valid for episode in episodes for step in episode])
+        print(f"iteration {iteration}: success {success:.2f}, valid {valid:.2f}")
