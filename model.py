@@ -360,19 +360,19 @@ def sample(table, uniforms):
     missing = -table.shape[1] % CHUNK
     chunks = F.pad(table.exp(), (0, missing)).unflatten(1, (-1, CHUNK))  # (rows, chunks, CHUNK)
     cumulative = chunks.sum(2).cumsum(1)  # (rows, chunks)
-    thresholds = uniforms[:, None] * cumulative[:, -1:]
-    chunk = passed(cumulative, thresholds)  # (rows, 1)
+    total = cumulative[:, -1:]
+    thresholds = torch.minimum(uniforms[:, None] * total, just_below(total))
+    chunk = torch.searchsorted(cumulative, thresholds, right=True)  # (rows, 1)
     before = F.pad(cumulative, (1, 0)).gather(1, chunk)
     inside = chunks.take_along_dim(chunk[:, :, None], 1)[:, 0].cumsum(1)  # (rows, CHUNK)
-    last = inside[:, -1:].nextafter(torch.zeros_like(before))  # what rounding might exceed
-    token = chunk * CHUNK + passed(inside, torch.minimum(thresholds - before, last))
+    thresholds = torch.minimum(thresholds - before, just_below(inside[:, -1:]))
+    token = chunk * CHUNK + torch.searchsorted(inside, thresholds, right=True)
     return token[:, 0]
 
 
-def passed(cumulative, thresholds):
-    """Where rows of ascending sums first exceed their threshold (rows, 1): (rows, 1)."""
-    found = torch.searchsorted(cumulative, thresholds, right=True)
-    return found.clamp(max=cumulative.shape[1] - 1)
+def just_below(x):
+    """The next smaller numbers: rounding must not reach a whole sum."""
+    return x.nextafter(torch.zeros_like(x))
 
 
 def pad(rows, value):

@@ -608,6 +608,34 @@ def test_greedy_answers_are_remembered_until_the_weights_change():
     assert agent.act(states, None)[0].logprobs != first[0].logprobs
 
 
+@pytest.mark.parametrize("size", [5, 1024, 1025, 5000])
+def test_a_sample_of_chunks_is_that_of_one_cumulative_sum(size):
+    """For large vocabularies; tokens of probability 0 are never drawn, whatever is rounded."""
+    torch.manual_seed(size)
+    logits = 3 * torch.randn(64, size)
+    logits[:, size // 2 :] = -torch.inf  # the last ones too
+    table = logits.log_softmax(-1)
+    uniforms = torch.rand(64)
+    uniforms[0] = 0.0
+    uniforms[1] = 1.0  # what float32 can make of a number just below
+    drawn = lm.sample(table, uniforms)
+    assert table[range(64), drawn].isfinite().all()
+    cumulative = table.double().exp().cumsum(-1)
+    below = torch.where(drawn > 0, cumulative[range(64), (drawn - 1).clamp(min=0)], 0.0)
+    assert (below <= uniforms + 1e-5).all()
+    assert (cumulative[range(64), drawn] > uniforms - 1e-5).all()
+
+
+def test_texts_that_begin_alike_are_run_once():
+    """Nodes: the instructions' three tokens, then each distinct beginning."""
+    tree = lm.Tree([7, 8, 9], [(1, 2, 3), (1, 2, 4), (1, 5), (1, 2, 3)], "cpu")
+    assert tree.ids.tolist() == [[7, 8, 9, 1, 2, 3, 4, 5]]
+    assert tree.positions.tolist() == [[0, 1, 2, 3, 4, 5, 5, 4]]
+    assert tree.paths[0].tolist() == [3, 4, 5]
+    assert tree.paths[1].tolist() == [3, 4, 6]
+    assert tree.paths[2, :2].tolist() == [3, 7]
+
+
 def test_a_sample_is_where_the_cumulative_distribution_passes_its_uniform():
     table = torch.tensor([[0, 0.25, 0.5, 0.25]]).log()
     expected = {0.0: 1, 0.24: 1, 0.25: 2, 0.74: 2, 0.75: 3, 0.999: 3, 1.0: 3}  # 0 is never drawn
