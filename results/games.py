@@ -124,15 +124,13 @@ def draw_lake(rng, held_out=False):
 def distance(desc):
     """Moves from start to goal past the holes; 0 where there is no way."""
     lake = FrozenLake(desc)
-    reached = {lake.state}
+    goal = lake.tiles.index("G")
+    reached = edge = {lake.state}
     for moves in range(1, len(lake.tiles)):
-        reached |= {
-            lake.neighbour(state, action)
-            for state in reached
-            if lake.tiles[state] != "H"
-            for action in range(4)
-        }
-        if "".join(desc).index("G") in reached:
+        beside = {lake.neighbour(state, action) for state in edge for action in range(4)}
+        edge = {state for state in beside - reached if lake.tiles[state] != "H"}
+        reached = reached | edge
+        if goal in edge:
             return moves
     return 0
 
