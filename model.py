@@ -179,9 +179,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token embeddings, blocks, a norm."""
 
-    recompute = (
-        False  # True: the backward pass computes whole layers again, not what is cheap alone
-    )
+    recompute = False  # True: the backward pass computes whole layers again, not the cheap parts
 
     def __init__(self, config):
         super().__init__()
@@ -193,8 +191,9 @@ class Decoder(nn.Module):
     def forward(self, ids, positions, past=None):
         """ids (batch, time), positions (batch or 1, time) -> hidden states (batch, time, width).
 
-        past: a `Prefix` or `Cache` of earlier tokens that these see. Also returned: the tokens' own
-        keys and values, one (keys, values) per layer, each (batch, groups, time, head_dim).
+        past: None for plain causal rows; a `Tree` or a `Cache`, where tokens see other ones. Also
+        returned: the tokens' own keys and values, one (keys, values) per layer, each (batch,
+        groups, time, head_dim).
         """
         x = self.embed_tokens(ids)
         cos, sin = rotary(self.config, positions, x.dtype)
@@ -258,61 +257,37 @@ def log_probabilities(x, weight, temperature):
     return F.linear(x / temperature, weight).float().log_softmax(-1)
 
 
-class Prefix:
-    """Keys and values of the instructions, which are computed once and seen by every row.
-
-    keys_values: one (keys, values) per layer, each (1, groups, tokens, head_dim).
-    """
-
-    def __init__(self, keys_values):
-        self.keys_values = keys_values
-
-    def __len__(self):
-        return self.keys_values[0][0].shape[2]
-
-    def attend(self, layer, q, k, v):
-        """`causal_attention` of rows, whose tokens stand behind the instructions."""
-        prefix_k, prefix_v = self.keys_values[layer]
-        batch = k.shape[0]
-        k = torch.cat([prefix_k.expand(batch, -1, -1, -1), k], 2)
-        v = torch.cat([prefix_v.expand(batch, -1, -1, -1), v], 2)
-        return causal_attention(q, k, v)
-
-
 class Cache:
     """Keys and values of a batch of answers while they are sampled.
 
     A token's slot is its position, and it sees the slots up to its own:
 
-        instructions | prompt, padded | new tokens
+        instructions and prompt, padded | new tokens
 
     An answer to a short prompt is written over the prompt's padding: so padding is never seen. All
     slots are there from the start. While no answer ends, no shape changes and tokens are written in
     place, as a captured graph of a step will need it.
     """
 
-    def __init__(self, prefix, prompts, lengths, rows, new_tokens):
-        """prompts: one (keys, values) per layer, each (prompts, groups, width, head_dim).
+    def __init__(self, keys_values, slots, lengths, new_tokens):
+        """keys_values: one (keys, values) per layer, each (1, groups, tokens, head_dim).
 
-        lengths (prompts,): their tokens, without padding. rows (answers,): which prompt each answer
-        continues.
+        slots (answers, width): where among those tokens each answer's prompt stands, padded.
+        lengths (answers,): its tokens, without padding.
         """
-        size = len(prefix) + prompts[0][0].shape[2] + new_tokens
+        size = slots.shape[1] + new_tokens
         self.size = math.ceil(size / 16) * 16  # else each layer's attention would pad the mask
-        self.positions = len(prefix) + lengths[rows] - 1  # (answers,) of the last token so far
-        self.every = torch.arange(len(rows), device=rows.device)
+        self.positions = lengths - 1  # (answers,) of the last token so far
+        self.every = torch.arange(len(slots), device=slots.device)
         self.keys_values = [
-            (self.allocate(prefix_k, k, rows), self.allocate(prefix_v, v, rows))
-            for (prefix_k, prefix_v), (k, v) in zip(prefix.keys_values, prompts)
+            (self.allocate(k, slots), self.allocate(v, slots)) for k, v in keys_values
         ]
 
-    def allocate(self, of_prefix, of_prompts, rows):
-        _, groups, width, head_dim = of_prompts.shape
-        start = of_prefix.shape[2]
-        slots = of_prompts.new_zeros(len(rows), groups, self.size, head_dim)
-        slots[:, :, :start] = of_prefix
-        slots[:, :, start : start + width] = of_prompts[rows]
-        return slots
+    def allocate(self, x, slots):
+        answers, width = slots.shape
+        found = x.new_zeros(answers, x.shape[1], self.size, x.shape[3])
+        found[:, :, :width] = gather(x, slots)
+        return found
 
     def advance(self):
         """Go on to the next token: its position, and the mask that lets it see the slots so far."""
@@ -384,9 +359,8 @@ def pad(rows, value):
 class LanguageAgent:
     """A language-agent policy (msgrpo.Policy): a transformer that reads instructions and a state.
 
-    The instructions are the same in every prompt: they are run once, and all rows see their keys
-    and values. Equal prompts, and when scoring equal answers to them, are run once too. All of this
-    is exact, gradients included.
+    What texts have in common is run once (`Tree`): the instructions, which begin every prompt,
+    equal prompts and, when scoring, equal answers. All of this is exact, gradients included.
     """
 
     def __init__(
@@ -398,30 +372,15 @@ class LanguageAgent:
         self.max_new_tokens = max_new_tokens
         self.device = next(model.parameters()).device
         self.captures = self.device.type == "cuda"  # a step is captured as one graph
-        self.instructions = torch.tensor(
-            [tokenizer.prefix(instructions, think)], device=self.device
-        )
+        self.instructions = tokenizer.prefix(instructions, think)
         self.end_ids = torch.tensor(sorted(tokenizer.end_ids), device=self.device)
         self.encode = lru_cache(65536)(lambda state: tuple(tokenizer.suffix(state, think)))
         self.decode = lru_cache(65536)(tokenizer.decode)
         self.refresh()
 
-    @torch.no_grad()
     def refresh(self):
-        """The weights have changed: forget what was computed with the old ones."""
-        self.prefix = self.read_instructions()
+        """The weights have changed: forget what was answered with the old ones."""
         self.greedy_answers = {}
-
-    def read_instructions(self):
-        positions = torch.arange(self.instructions.shape[1], device=self.device)
-        _, keys_values = self.model.hidden(self.instructions, positions[None])
-        return Prefix(keys_values)
-
-    def read_rows(self, rows, prefix):
-        """Run rows of tokens behind the instructions: hidden states, keys and values."""
-        ids = torch.tensor(pad(rows, 0), device=self.device)
-        positions = len(prefix) + torch.arange(ids.shape[1], device=self.device)
-        return self.model.hidden(ids, positions[None], prefix)
 
     def table(self, x):
         """Log-probabilities of the next token after hidden states x (rows, width): (rows, size)."""
@@ -444,7 +403,7 @@ class LanguageAgent:
         distinct = list(dict.fromkeys(prompts))
         row_of = {prompt: row for row, prompt in enumerate(distinct)}
         rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
-        table, keys_values, lengths = self.read_prompts(distinct)
+        table, keys_values, slots, lengths = self.read_prompts(distinct)
         table = table[rows]  # from here on a row for each answer
 
         tokens = torch.full((len(prompts), self.max_new_tokens), -1, device=self.device)
@@ -466,9 +425,8 @@ class LanguageAgent:
                 running = running[kept]
                 going = going[kept]
                 if cache is None:
-                    cache = Cache(
-                        self.prefix, keys_values, lengths, rows[kept], self.max_new_tokens
-                    )
+                    rows = rows[kept]
+                    cache = Cache(keys_values, slots[rows], lengths[rows], self.max_new_tokens)
                 else:
                     cache.take(kept)
                 step = capture(self.read_token, token, cache) if self.captures else self.read_token
@@ -480,11 +438,12 @@ class LanguageAgent:
         return going <= running // 2 if self.captures else going < running
 
     def read_prompts(self, prompts):
-        """Run prompts: the table of each one's first new token, keys and values, lengths."""
-        x, keys_values = self.read_rows(prompts, self.prefix)
+        """Run prompts: the table of each one's first new token, and what `Cache` needs of them."""
+        tree = Tree(self.instructions, prompts, self.device)
+        x, keys_values = self.model.hidden(tree.ids, tree.positions, tree)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        last = x[torch.arange(len(prompts), device=self.device), lengths - 1]
-        return self.table(last), keys_values, lengths
+        last = tree.paths.gather(1, lengths[:, None] - 1)[:, 0]
+        return self.table(x[0, last]), keys_values, tree.slots, len(self.instructions) + lengths
 
     def read_token(self, token, cache):
         """Run the next token (answers,) of each answer: the table of the one after it."""
@@ -510,7 +469,7 @@ class LanguageAgent:
         texts = [prompt + response[:-1] for prompt, response in pairs]
         targets = [(-1,) * (len(prompt) - 1) + response for prompt, response in pairs]
         targets = torch.tensor(pad(targets, -1), device=self.device)  # (texts, longest)
-        tree = Tree(self.instructions[0].tolist(), texts, self.device)
+        tree = Tree(self.instructions, texts, self.device)
         x, _ = self.model.hidden(tree.ids, tree.positions, tree)
         is_response = targets >= 0
         x = x[0, tree.paths[is_response]]  # (response tokens, width)

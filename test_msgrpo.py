@@ -523,14 +523,15 @@ def test_finished_games_leave_the_batch():
 
 
 def test_finished_answers_leave_the_batch():
-    """And equal prompts are run once; the batch ends with its last answer."""
+    """And what prompts share is run once; the batch ends with its last answer."""
     agent = corridor_agent(max_new_tokens=30)
+    read = len(INSTRUCTION_IDS) + 4 + 3  # "from" begins both prompts
     passes = watch_passes(agent.model)
     uniforms = np.random.default_rng(0).random((20, 30))
     answers = agent.act(["from 2 go west", "from 3 go east"] * 10, uniforms)
     lengths = [len(answer.response) for answer in answers]
     going = [sum(length > t for length in lengths) for t in range(1, max(lengths))]
-    assert passes == [(2, 4)] + [(rows, 1) for rows in going]
+    assert passes == [(1, read)] + [(rows, 1) for rows in going]
     assert min(lengths) < max(lengths) < 30
 
 
@@ -596,12 +597,13 @@ def test_greedy_answers_are_remembered_until_the_weights_change():
     first = agent.act(states + states[:1], None)
     assert first[2] == first[0]
     passes = watch_passes(agent.model)
+    read = len(INSTRUCTION_IDS)
     assert agent.act(states[::-1], None) == [first[1], first[0]]
     assert passes == []
     agent.act(["from 1 go east"], None)
-    assert passes[0] == (1, 4)
+    assert passes[0] == (1, read + 4)
     agent.act(states, np.zeros((2, 3)))  # samples are not remembered
-    assert passes[1] == (2, 4)
+    assert passes[1] == (1, read + 4 + 3)
 
     torch.nn.init.normal_(agent.model.model.norm.weight)
     agent.refresh()

@@ -302,8 +302,8 @@ def make_step(agent, prompts):
     """A call that runs one step of sampling again and again; reports the seconds of a capture."""
     distinct = list(dict.fromkeys(prompts))
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=agent.device)
-    table, keys_values, lengths = agent.read_prompts(distinct)
-    cache = lm.Cache(agent.prefix, keys_values, lengths, rows, agent.max_new_tokens)
+    table, keys_values, slots, lengths = agent.read_prompts(distinct)
+    cache = lm.Cache(keys_values, slots[rows], lengths[rows], agent.max_new_tokens)
     token = lm.sample(table[rows], None)
     uniforms = torch.rand(len(prompts), device=agent.device)
     read_token = agent.read_token

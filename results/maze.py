@@ -272,8 +272,9 @@ def action_logprobs(agent, observations):
     opening = answers[0][0]
     words = [answer[1] for answer in answers]
     rows = [(*agent.encode(text), opening) for text in observations]  # all of the same length
-    hidden, _ = agent.read_rows(rows, agent.read_instructions())
-    logprobs = agent.model.head(hidden[:, -1]).log_softmax(-1)  # (observations, vocabulary)
+    tree = lm.Tree(agent.instructions, rows, agent.device)
+    hidden, _ = agent.model.hidden(tree.ids, tree.positions, tree)
+    logprobs = agent.model.head(hidden[0, tree.paths[:, -1]]).log_softmax(-1)
     return logprobs[:, words]
 
 
