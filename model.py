@@ -23,7 +23,6 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from msgrpo import Answer
@@ -91,6 +90,8 @@ def causal_attention(q, k, v):
     q (batch, heads, time, head_dim), k and v (batch, groups, slots, head_dim) -> as q. The heads of
     a group share keys and values.
     """
+    from torch.nn.attention.bias import causal_lower_right  # importing it takes a second
+
     mask = causal_lower_right(q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 

@@ -26,8 +26,18 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__" and sys.stderr.isatty():
+IMPORTED = threading.Event()
+
+
+def show_dots():
+    """What a terminal shows meanwhile: importing torch takes seconds."""
     print("importing torch", end="", file=sys.stderr, flush=True)
+    while not IMPORTED.wait(0.5):
+        print(".", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__" and sys.stderr.isatty():
+    threading.Thread(target=show_dots, daemon=True).start()
 
 # Threads that wait by spinning take the time of those they wait for: beside other work, a run of
 # seconds took many minutes. OpenMP reads these when torch is imported: GNU's then spins shortly and
@@ -43,6 +53,7 @@ import model as lm
 import msgrpo
 from frozenlake import SCENARIOS, FrozenLake
 
+IMPORTED.set()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if lm.bfloat16_is_fast(DEVICE) else "float32"
 
