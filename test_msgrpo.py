@@ -1528,6 +1528,14 @@ def test_help_names_all_settings(capsys):
         assert f"--{name.replace('_', '-')}" in shown
 
 
+def test_every_field_of_the_metrics_is_explained(warm):
+    """By --help and by results/README.md."""
+    table = (Path(train.__file__).parent / "results/README.md").read_text()
+    for key in read_metrics(warm)[-1]:
+        assert re.search(rf"\b{key}\b", train.EPILOG)
+        assert f"`{key}`" in table
+
+
 def test_progress_is_one_line_with_the_time_left(warm):
     line = train.progress_line(read_metrics(warm)[0], iterations=11, ends=[0.0, 30.0, 62.0])
     assert line.startswith("   1/11  success 0")

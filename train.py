@@ -62,7 +62,12 @@ def setting(default, text, low=0, high=1e18, choices=None):
     return field(default=default, metadata={"help": text, "range": (low, high), "choices": choices})
 
 
-SECTIONS = {"checkpoint": "the run", "groups": "the method", "dtype": "this machine"}  # of --help
+SECTIONS = {  # of --help, each with its first setting
+    "seed": "the run",
+    "groups": "the method",
+    "scenario": "play and evaluation",
+    "dtype": "this machine",
+}
 
 
 @dataclass
@@ -73,40 +78,43 @@ class Settings:
     its abstract. The rest is ours.
     """
 
-    checkpoint: str = setting("", "pretrained model's directory; empty: the tiny model")
-    seed: int = setting(0, "of everything random")
-    iterations: int = setting(700, "times to play and learn [paper]", 1)
-    scenario: str = setting("noslip", "lakes to train on", choices=tuple(SCENARIOS))
-    max_steps: int = setting(0, "of a training episode; 0: the scenario's")
-    think: bool = setting(False, "ask for thoughts and a plan before the action")
-    eval_every: int = setting(0, "iterations between evaluations on noslip; 0: at the end alone")
-    eval_episodes: int = setting(1000, "most episodes of a scenario's evaluation", 1)
-    checkpoint_every: int = setting(20, "iterations between states to resume from", 1)
-    groups: int = setting(2, "groups of episodes an iteration, each on its own map [author]", 1)
-    group_size: int = setting(16, "episodes of a group, all from the same start [author]", 2)
-    sampling: str = setting("aaw", "how episodes are drawn", choices=("aaw", "uniform", "all"))
-    keep: float = setting(0.5, "share of the episodes that aaw and uniform draw", 1e-9, 1)
-    gamma: float = setting(1.0, "credit left per step of distance from the end [paper: 1]", 0, 1)
-    normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
-    update_episodes: int = setting(16, "drawn episodes of one optimiser step, about", 1)
-    clip: float = setting(0.2, "how far the ratio may leave 1 before the clip [author]")
-    max_gap: float = setting(0.15, "mean |log ratio| at which the iteration's updates end")
-    imagine: bool = setting(False, "compare each group with an imagined episode of mean return too")
-    entropy_coef: float = setting(0.001, "of the entropy bonus, per token in nats [author]")
-    entropy_floor: float = setting(0.0, "the bonus grows by what the entropy is below, in nats")
-    learning_rate: float = setting(1e-6, "of AdamW, after a ramp of ten iterations [author]")
-    final_rate: float = setting(1.0, "share of it left at the end; 1: constant [author]", 0, 1)
-    grad_clip: float = setting(1.0, "largest norm of a gradient [author]")
-    temperature: float = setting(1.25, "of sampling and of scoring alike [author]", 1e-6)
-    max_new_tokens: int = setting(0, "of an answer; 0: 16, with --think 256 [author]")
-    invalid_penalty: float = setting(0.0, "taken off for an invalid answer, which moves nothing")
-    replay: float = setting(0.0, "share of groups on maps where an episode failed before", 0, 1)
-    warmup_steps: int = setting(0, "steps of next-token prediction on the game's text at the start")
-    dtype: str = setting(DTYPE, "numbers of passes", choices=("float32", "bfloat16"))
-    device: str = setting(DEVICE, "of the model: cpu, cuda or cuda:N")
-    threads: int = setting(torch.get_num_threads(), "of the CPU; sums depend on it", 1, 4096)
-    micro_batch_tokens: int = setting(16384, "tokens of one pass of an update, about", 1)
-    recompute: bool = setting(False, "keep no activations: less memory, more time")
+    checkpoint: str = setting("", "The pretrained model's folder; empty: the tiny model")
+    seed: int = setting(0, "All random numbers follow from it")
+    iterations: int = setting(700, "Play and learn X times [paper]", 1)
+    checkpoint_every: int = setting(20, "Save a state to resume from every X iterations", 1)
+
+    groups: int = setting(2, "Play X groups an iteration, each on its own map [author]", 1)
+    group_size: int = setting(16, "Play X episodes in a group, all on its map [author]", 2)
+    normalize_std: bool = setting(True, "Divide advantages by the group's standard deviation")
+    imagine: bool = setting(False, "Compare with an imagined episode of mean return as well")
+    gamma: float = setting(1.0, "Multiply credit by X for each step before the last [paper]", 0, 1)
+    sampling: str = setting("aaw", "Draw episodes by this rule", choices=("aaw", "uniform", "all"))
+    keep: float = setting(0.5, "Draw this share of the episodes, by aaw and uniform", 1e-9, 1)
+    update_episodes: int = setting(16, "Take about X drawn episodes in an optimiser step", 1)
+    clip: float = setting(0.2, "Clip where the ratio leaves 1 - X to 1 + X [author]")
+    max_gap: float = setting(0.15, "End the iteration's updates once mean |log ratio| is above X")
+    entropy_coef: float = setting(0.001, "Weigh the entropy bonus by X, per token in nats [author]")
+    entropy_floor: float = setting(0.0, "Add to that weight what the entropy is below X, in nats")
+    learning_rate: float = setting(1e-6, "Learn at rate X, after a ramp of ten iterations [author]")
+    final_rate: float = setting(1.0, "Lower the rate to this share by the end [author]", 0, 1)
+    grad_clip: float = setting(1.0, "Shorten gradients to a norm of at most X [author]")
+    replay: float = setting(0.0, "Play this share of groups on maps that were failed before", 0, 1)
+    warmup_steps: int = setting(0, "Teach a new model the game's text first, in X steps")
+
+    scenario: str = setting("noslip", "Train on these lakes", choices=tuple(SCENARIOS))
+    max_steps: int = setting(0, "End training episodes after X steps; 0: the scenario's")
+    invalid_penalty: float = setting(0.0, "Take X off the reward for an answer that is no move")
+    think: bool = setting(False, "Ask for thoughts and a plan before the action")
+    temperature: float = setting(1.25, "Sample, and score, at this temperature [author]", 1e-6)
+    max_new_tokens: int = setting(0, "End answers after X tokens; 0: 16, to think 256 [author]")
+    eval_every: int = setting(0, "Evaluate on noslip every X iterations; 0: at the end alone")
+    eval_episodes: int = setting(1000, "Play at most X episodes to evaluate a scenario", 1)
+
+    dtype: str = setting(DTYPE, "Run passes in these numbers", choices=("float32", "bfloat16"))
+    device: str = setting(DEVICE, "Put the model there: cpu, cuda or cuda:N")
+    threads: int = setting(torch.get_num_threads(), "Use X threads of the CPU", 1, 4096)
+    micro_batch_tokens: int = setting(16384, "Take about X tokens in one pass", 1)
+    recompute: bool = setting(False, "Keep no activations: less memory, more time")
 
     def lake(self, desc, *key, scenario=None):
         """The game on one map, with this run's text and rewards; its luck follows from the key.
@@ -923,6 +931,30 @@ TAKES = {  # settings that a mode takes; all others go with --tiny and --checkpo
 }
 
 
+EPILOG = """[paper]: from the paper's abstract. [author]: from its first author's later trainer.
+
+metrics.jsonl has a line per iteration:
+
+    iteration, seconds           its number; since the run began, over all resumptions
+    success, return, steps       of an episode on a new map, on average: goal reached, reward, steps
+    valid, truncated             shares of answers that named a move; that hit the limit of tokens
+    zero_variance_groups         share of groups whose episodes all earned the same
+    groups_without_success       share of groups none of whose episodes reached the goal
+    replayed_groups              groups on maps that were failed before
+    generated_tokens             tokens sampled
+    nonzero_episodes             episodes with an advantage that is not 0
+    drawn_episodes               episodes drawn to train on
+    trained_episodes, trained_tokens     in updates: episodes with an advantage; all tokens
+    updates, refused_updates     optimiser steps; those refused, as the gradient was not finite
+    loss, entropy, clip_share    per token, means over the updates; clip_share: where it was clipped
+    logprob_gap, grad_norm       mean |log ratio|; the gradient's norm before it was shortened
+    rollout_gap                  mean |log-probability when sampled - when scored|, in bfloat16
+    learning_rate                of the iteration
+    tokens_per_second            sampled and trained tokens
+    unseen_success               with --eval-every: success on held-out maps
+"""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """In one line, as all other errors, with the flag that may have been meant."""
@@ -937,7 +969,9 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     parser = Parser(
+        usage="train.py (--tiny | --checkpoint DIR | --resume DIR | --eval DIR | --play DIR) [...]",
         description=__doc__,
+        epilog=EPILOG,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -957,7 +991,8 @@ def make_parser():
             group = parser.add_argument_group(SECTIONS[f.name])
         if f.name == "checkpoint":
             continue  # a mode
-        text = f"{f.metadata['help']} (default {f.default}, tiny {TINY.get(f.name, f.default)})"
+        tiny = f", tiny {TINY[f.name]}" if f.name in TINY else ""
+        text = f"{f.metadata['help']} (default {f.default}{tiny})"
         flag = f"--{f.name.replace('_', '-')}"
         if f.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
