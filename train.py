@@ -761,9 +761,14 @@ def train(learner, out, state):
     player = learner.player(lake.instructions)
     trainee = learner.trainee(lake.instructions)
     if state is None:
-        state = start(learner, trainee, lake)
+        state = {"before": None, "replay_pool": [], "history": []}
         if RANK == 0:
             lm.save_small_files(out / "model", learner.master, learner.tokenizer)
+        if s.warmup_steps:
+            warm_up(trainee, learner)
+            save_state(out, state, learner)
+    if state["before"] is None:
+        state["before"] = measure_before(learner, lake)
     history = state["history"]  # the lines of metrics.jsonl
     if history:
         clock -= json.loads(history[-1])["seconds"]
@@ -821,17 +826,15 @@ def advice(m):
     return reason + "Try a larger --group-size, more --groups, a higher --temperature, --max-steps"
 
 
-def start(learner, trainee, lake):
-    """The state before the first iteration: what it was taught, what it reads, what it can do."""
-    warm_up(trainee, learner)
+def measure_before(learner, lake):
+    """Show what the model is and reads; returns its success before the first iteration."""
     parameters = sum(p.numel() for p in learner.master.parameters())
     prompt = learner.tokenizer.prompt(f"{lake.instructions}\n\n{lake.observation()}", lake.think)
     say(f"{parameters:,} parameters; {learner.tokenizer.describe_prompt()}. One, as it is read:\n")
     say(learner.tokenizer.decode(prompt) + "\n")
     say("before MS-GRPO, sampled, on held-out lakes:\n" + score_line("", SCORES.values()))
-    limit = min(100, learner.settings.eval_episodes)
-    before = evaluate(learner, "noslip", greedy=False, limit=limit)
-    return {"before": before, "replay_pool": [], "history": []}
+    limit = min(50, learner.settings.eval_episodes)
+    return evaluate(learner, "noslip", greedy=False, limit=limit)
 
 
 def save_state(out, state, learner):
