@@ -761,12 +761,7 @@ def train(learner, out, state):
     player = learner.player(lake.instructions)
     trainee = learner.trainee(lake.instructions)
     if state is None:
-        state = {"before": None, "replay_pool": [], "history": []}
-        if RANK == 0:
-            lm.save_small_files(out / "model", learner.master, learner.tokenizer)
-        if s.warmup_steps:
-            warm_up(trainee, learner)
-            save_state(out, state, learner)
+        state = begin(learner, trainee, out)
     if state["before"] is None:
         state["before"] = measure_before(learner, lake)
     history = state["history"]  # the lines of metrics.jsonl
@@ -824,6 +819,17 @@ def advice(m):
         return reason + "Try more --max-new-tokens, --think, another --temperature"
     reason = "all episodes of each group earned the same: there is nothing to compare. "
     return reason + "Try a larger --group-size, more --groups, a higher --temperature, --max-steps"
+
+
+def begin(learner, trainee, out):
+    """The state before the first iteration. A warm-up is kept at once."""
+    state = {"before": None, "replay_pool": [], "history": []}
+    if RANK == 0:
+        lm.save_small_files(out / "model", learner.master, learner.tokenizer)
+    if learner.settings.warmup_steps:
+        warm_up(trainee, learner)
+        save_state(out, state, learner)
+    return state
 
 
 def measure_before(learner, lake):
