@@ -119,7 +119,7 @@ class FrozenLake:
             turns = [(1.0, 0)]
         outcomes = []
         for probability, turn in turns:
-            target = self.neighbour(state, (action + turn) % 4)
+            target = self.neighbour(state, (action + turn) % 4)  # ACTIONS go around
             tile = self.tiles[target]
             outcomes.append((probability, target, float(tile == "G"), tile in "GH"))
         return outcomes
@@ -135,7 +135,7 @@ class FrozenLake:
     def step(self, text):
         """Play an answer: (reward, done, valid). One draw decides where a valid move ends."""
         self.steps += 1
-        out_of_steps = self.steps == self.max_steps
+        out_of_steps = self.steps >= self.max_steps
         action = parse_action(text)
         if action is None:
             return -self.invalid_penalty, out_of_steps, False

@@ -85,7 +85,7 @@ def rotate(x, cos, sin):
 
 
 def causal_attention(q, k, v):
-    """Grouped-query attention, in which the last query sees all keys, the one before all but one...
+    """Grouped-query attention, causal: the queries stand at the last places of the keys.
 
     q (batch, heads, time, head_dim), k and v (batch, groups, slots, head_dim) -> as q. The heads of
     a group share keys and values.
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         self.q_norm = norm(config.head_dim, config.rms_norm_eps)
         self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, past):
+    def forward(self, x, cos, sin, context):
         """x (batch, time, width) -> the same shape, and the tokens' own keys and values."""
         q = self.heads(self.q_proj(x))  # (batch, time, heads, head_dim)
         k = self.heads(self.k_proj(x))  # (batch, time, groups, head_dim)
@@ -121,25 +121,25 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (batch, heads, time, head_dim)
         k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (batch, groups, time, head_dim)
         v = v.transpose(1, 2)  # (batch, groups, time, head_dim)
-        if past is None:
+        if context is None:
             out = causal_attention(q, k, v)
         else:
-            out = past.attend(self.layer, q, k, v)
+            out = context.attend(self.layer, q, k, v)
         return self.o_proj(out.transpose(1, 2).flatten(2)), k, v
 
     def heads(self, x):
         return x.unflatten(2, (-1, self.head_dim))
 
 
-def again(function, *inputs):
-    """function(*inputs), of which the backward pass computes what is inside again: for memory."""
+def checkpointed(function, *inputs):
+    """function(*inputs). What it keeps inside for the backward pass is computed again there."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     # Nothing here is random
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def once(function, *inputs):
+def plain(function, *inputs):
     return function(*inputs)
 
 
@@ -154,8 +154,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, width, bias=config.mlp_bias)
 
-    def forward(self, x, run):
-        return run(self.down, self.gate_proj(x), self.up_proj(x))
+    def forward(self, x, wrap):
+        return wrap(self.down, self.gate_proj(x), self.up_proj(x))
 
     def down(self, gate, up):
         return self.down_proj(F.silu(gate) * up)
@@ -169,11 +169,11 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, past, run):
-        """run: `again` for what is cheap to compute, or `once`."""
-        attended, k, v = self.self_attn(run(self.input_layernorm, x), cos, sin, past)
+    def forward(self, x, cos, sin, context, wrap):
+        """wrap: `checkpointed` for the cheap parts, or `plain`."""
+        attended, k, v = self.self_attn(wrap(self.input_layernorm, x), cos, sin, context)
         x = x + attended
-        x = x + self.mlp(run(self.post_attention_layernorm, x), run)
+        x = x + self.mlp(wrap(self.post_attention_layernorm, x), wrap)
         return x, k, v
 
 
@@ -189,10 +189,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids, positions, past=None):
+    def forward(self, ids, positions, context=None):
         """ids (batch, time), positions (batch or 1, time) -> hidden states (batch, time, width).
 
-        past: None for plain causal rows; a `Tree` or a `Cache`, where tokens see other ones. Also
+        context: what attends, where that is more than causal rows: a `Tree` or a `Cache`. Also
         returned: the tokens' own keys and values, one (keys, values) per layer, each (batch,
         groups, time, head_dim).
         """
@@ -201,9 +201,9 @@ class Decoder(nn.Module):
         keys_values = []
         for layer in self.layers:
             if self.recompute:
-                x, k, v = again(layer, x, cos, sin, past, once)
+                x, k, v = checkpointed(layer, x, cos, sin, context, plain)
             else:
-                x, k, v = layer(x, cos, sin, past, again)
+                x, k, v = layer(x, cos, sin, context, checkpointed)
             keys_values.append((k, v))
         return self.norm(x), keys_values
 
@@ -226,9 +226,9 @@ class Transformer(nn.Module):
         x, _ = self.hidden(ids, torch.arange(ids.shape[1], device=ids.device)[None])
         return self.head(x)
 
-    def hidden(self, ids, positions, past=None):
+    def hidden(self, ids, positions, context=None):
         """As `Decoder.forward`; several processes need it as a method of the whole model."""
-        return self.model(ids, positions, past)
+        return self.model(ids, positions, context)
 
     def head(self, x):
         """Hidden states (..., width) -> logits (..., vocabulary)."""
@@ -238,17 +238,11 @@ class Transformer(nn.Module):
         layer = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return layer.weight
 
-    def log_probabilities(self, x, size, temperature):
-        """Of the first `size` tokens, next after hidden states x (rows, width): (rows, size).
-
-        A model may have rows beyond its tokenizer's tokens. They take no part.
-        """
-        return log_probabilities(x, self.head_weight()[:size], temperature)
-
     def token_logprobs(self, x, targets, size, temperature):
         """Log-probabilities of targets (tokens,) after x (tokens, width), and entropies.
 
-        Those of `log_probabilities`, though no whole table is ever there.
+        Those of `log_probabilities` with the first `size` rows of the head, though no whole table
+        is ever there.
         """
         return TokenLogprobs.apply(x, self.head_weight(), targets, size, temperature)
 
@@ -267,7 +261,7 @@ class Cache:
 
     An answer to a short prompt is written over the prompt's padding: so padding is never seen. All
     slots are there from the start. While no answer ends, no shape changes and tokens are written in
-    place, as a captured graph of a step will need it.
+    place, so that `capture` can record a step.
     """
 
     def __init__(self, keys_values, slots, lengths, new_tokens):
@@ -279,7 +273,7 @@ class Cache:
         size = slots.shape[1] + new_tokens
         self.size = math.ceil(size / 16) * 16  # else each layer's attention would pad the mask
         self.positions = lengths - 1  # (answers,) of the last token so far
-        self.every = torch.arange(len(slots), device=slots.device)
+        self.row_ids = torch.arange(len(slots), device=slots.device)
         self.keys_values = [
             (self.allocate(k, slots), self.allocate(v, slots)) for k, v in keys_values
         ]
@@ -307,8 +301,8 @@ class Cache:
         with a single head, and its heads as if they were tokens: so no key is copied.
         """
         all_k, all_v = self.keys_values[layer]
-        all_k[self.every, :, self.positions] = k[:, :, 0]
-        all_v[self.every, :, self.positions] = v[:, :, 0]
+        all_k[self.row_ids, :, self.positions] = k[:, :, 0]
+        all_v[self.row_ids, :, self.positions] = v[:, :, 0]
         all_k = all_k.flatten(0, 1)[:, None]  # (answers * groups, 1, slots, head_dim)
         all_v = all_v.flatten(0, 1)[:, None]
         heads = q.reshape(len(all_k), 1, -1, q.shape[3])  # (..., 1, heads of a group, head_dim)
@@ -321,7 +315,7 @@ class Cache:
         for layer, (k, v) in enumerate(self.keys_values):
             self.keys_values[layer] = k[rows], v[rows]
         self.positions = self.positions[rows]
-        self.every = self.every[: len(rows)]
+        self.row_ids = self.row_ids[: len(rows)]
 
 
 def sample(table, uniforms):
@@ -383,9 +377,13 @@ class LanguageAgent:
         """The weights have changed: forget what was answered with the old ones."""
         self.greedy_answers = {}
 
-    def table(self, x):
-        """Log-probabilities of the next token after hidden states x (rows, width): (rows, size)."""
-        return self.model.log_probabilities(x, self.tokenizer.size, self.temperature)
+    def next_logprobs(self, x):
+        """Log-probabilities of the next token after hidden states x (rows, width): (rows, size).
+
+        A model may have rows beyond its tokenizer's tokens. They take no part.
+        """
+        weight = self.model.head_weight()[: self.tokenizer.size]
+        return log_probabilities(x, weight, self.temperature)
 
     def act(self, observations, uniforms):
         """As msgrpo.Policy says. Greedy answers are remembered until `refresh`."""
@@ -409,22 +407,22 @@ class LanguageAgent:
 
         tokens = torch.full((len(prompts), self.max_new_tokens), -1, device=self.device)
         logprobs = torch.zeros(len(prompts), self.max_new_tokens, device=self.device)
-        running = torch.arange(len(prompts), device=self.device)  # answers in the batch
-        going = torch.ones_like(running, dtype=torch.bool)  # those of them that have not ended
+        in_batch = torch.arange(len(prompts), device=self.device)  # answers in the batch
+        unfinished = torch.ones_like(in_batch, dtype=torch.bool)  # those that have not ended
         cache = None
         for t in range(self.max_new_tokens):
-            token = sample(table, None if uniforms is None else uniforms[running, t])
-            tokens[running, t] = torch.where(going, token, -1)
-            logprobs[running, t] = table.gather(1, token[:, None])[:, 0]
-            going = going & ~torch.isin(token, self.end_ids)
-            count = int(going.sum())
+            token = sample(table, None if uniforms is None else uniforms[in_batch, t])
+            tokens[in_batch, t] = torch.where(unfinished, token, -1)
+            logprobs[in_batch, t] = table.gather(1, token[:, None])[:, 0]
+            unfinished = unfinished & ~torch.isin(token, self.end_ids)
+            count = int(unfinished.sum())
             if t + 1 == self.max_new_tokens or count == 0:
                 break
-            if cache is None or self.should_shrink(count, len(running)):
-                kept = going.nonzero()[:, 0]
+            if cache is None or self.should_shrink(count, len(in_batch)):
+                kept = unfinished.nonzero()[:, 0]
                 token = token[kept]
-                running = running[kept]
-                going = going[kept]
+                in_batch = in_batch[kept]
+                unfinished = unfinished[kept]
                 if cache is None:
                     rows = rows[kept]
                     cache = Cache(keys_values, slots[rows], lengths[rows], self.max_new_tokens)
@@ -434,9 +432,9 @@ class LanguageAgent:
             table = step(token, cache)
         return self.answers(prompts, tokens.tolist(), logprobs.tolist())
 
-    def should_shrink(self, going, running):
+    def should_shrink(self, unfinished, rows):
         """Whether ended answers leave the batch; where a step is captured, once half have ended."""
-        return going <= running // 2 if self.captures else going < running
+        return unfinished <= rows // 2 if self.captures else unfinished < rows
 
     def read_prompts(self, prompts):
         """Run prompts: the table of each one's first new token, and what `Cache` needs of them."""
@@ -444,13 +442,14 @@ class LanguageAgent:
         x, keys_values = self.model.hidden(tree.ids, tree.positions, tree)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         last = tree.paths.gather(1, lengths[:, None] - 1)[:, 0]
-        return self.table(x[0, last]), keys_values, tree.slots, len(self.instructions) + lengths
+        table = self.next_logprobs(x[0, last])
+        return table, keys_values, tree.slots, len(self.instructions) + lengths
 
     def read_token(self, token, cache):
         """Run the next token (answers,) of each answer: the table of the one after it."""
         cache.advance()
         x, _ = self.model.hidden(token[:, None], cache.positions[:, None], cache)
-        return self.table(x[:, 0])
+        return self.next_logprobs(x[:, 0])
 
     def answers(self, prompts, tokens, logprobs):
         """Answers of the sampled tokens, whose rows end in -1 where the answer ended earlier."""
@@ -626,9 +625,13 @@ def capture(step, token, cache):
 # the reason, and no memory is allocated that the size of a file does not justify.
 
 
+class BadInput(ValueError):
+    """What a user can mend: train.py tells it in one line, without a traceback."""
+
+
 def ensure(good, reason):
     if not good:
-        raise ValueError(reason)
+        raise BadInput(reason)
 
 
 def out_of_memory(error):
@@ -648,9 +651,9 @@ def blaming(path):
         if isinstance(error, OSError) or out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:500]
-        if type(error) is not ValueError:
+        if type(error) not in (ValueError, BadInput):
             reason = f"malformed or not supported, {type(error).__name__}: {reason}"
-        raise ValueError(f"{path}: {reason}") from None
+        raise BadInput(f"{path}: {reason}") from None
 
 
 @contextlib.contextmanager
@@ -894,7 +897,7 @@ def read_weights(directory):
         return tensors, set(tensors)
     if index.exists():
         return read_shards(index)
-    raise ValueError(f"{directory}: model.safetensors is missing, and no other weights are read")
+    raise BadInput(f"{directory}: model.safetensors is missing, and no other weights are read")
 
 
 # Tokenizer: how text is cut into pieces, within which bytes are merged
@@ -955,7 +958,7 @@ def split_pattern(pre_tokenizer):
         ]:
             # What it does not match is a piece as well; tiktoken would lose it.
             return rf"{regex}|(?:(?!{regex})[\s\S])+"
-    raise ValueError(f"pre_tokenizer {pre_tokenizer!r:.299} is not supported")
+    raise BadInput(f"pre_tokenizer {pre_tokenizer!r:.299} is not supported")
 
 
 def normal_form(normalizer):
@@ -1044,7 +1047,7 @@ STATES = ("P _", "_ P", "O P", "G P")  # how the game's states begin
 
 
 def raise_exception(message):
-    raise ValueError(message)
+    raise BadInput(message)
 
 
 def compile_template(text):
@@ -1344,13 +1347,13 @@ def load_pretrained(directory, dtype=torch.float32, weights=None):
     """(Transformer in dtype, Tokenizer or None) of a Hugging Face directory.
 
     weights: {name: tensor}, in the place of those in the directory, which then needs none.
-    Memory peaks at the weights' own size: each tensor is read into its place and converted by
-    itself. What can be refused is refused before the weights are read. Raises ValueError with file
-    and reason.
+    Memory peaks at the weights' own size: tensors are converted one by one. Config and tokenizer
+    are checked before the weights are read, names and shapes after. Raises ValueError with file and
+    reason.
     """
     directory = Path(directory)
     if not (directory / "config.json").exists():
-        raise ValueError(f"{directory}: {missing_config(directory)}")
+        raise BadInput(f"{directory}: {missing_config(directory)}")
     files = small_files(directory)
     with blaming(directory / "config.json"):
         config = parse_config(files["config.json"])

@@ -74,6 +74,9 @@ class Policy(Protocol):
 
     max_new_tokens: int  # of an answer
 
+    def refresh(self):
+        """Forget what was computed with older weights. To be called when they have changed."""
+
     def act(self, observations: list[str], uniforms: np.ndarray | None) -> list[Answer]:
         """Answer each observation.
 
@@ -125,7 +128,8 @@ def play(policy, games, greedy=False, after_round=None):
 
 def episode_returns(episodes):
     """R_i = sum_t r_{i,t}: (episodes,) float tensor."""
-    return torch.tensor([sum(step.reward for step in episode) for episode in episodes])
+    returns = [sum(step.reward for step in episode) for episode in episodes]
+    return torch.tensor(returns, dtype=torch.float32)
 
 
 def episode_advantages(returns, normalize_std=True):
@@ -170,6 +174,8 @@ def draw_episodes(advantages, sampling, count, rng):
     if sampling == "uniform":
         drawn = rng.choice(total, min(count, total), replace=False)
         return sorted(drawn.tolist())
+    if sampling != "aaw":
+        raise ValueError(f"sampling is {sampling!r}, not aaw, uniform or all")
     nonzero = int((advantages != 0).sum())
     if nonzero == 0:
         return []
@@ -197,6 +203,7 @@ def policy_loss(logprobs, old_logprobs, credit, entropies, clip=0.2, entropy_coe
 def micro_batches(steps, budget):
     """The steps in lists of about `budget` tokens, those of similar length together.
 
+    The instructions, which a list has once, do not count.
     Equal answers to equal prompts stay in one list and count once, as `Policy.score` runs them
     once.
     """

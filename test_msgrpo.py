@@ -138,6 +138,8 @@ def test_draws_at_their_limits():
     assert msgrpo.draw_episodes(torch.zeros(6), "aaw", 3, rng) == []
     assert msgrpo.draw_episodes(DRAWN_FROM, "uniform", 9, rng) == [0, 1, 2, 3, 4, 5]
     assert msgrpo.draw_episodes(DRAWN_FROM, "all", 3, rng) == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="unifrom"):
+        msgrpo.draw_episodes(DRAWN_FROM, "unifrom", 3, rng)
 
 
 # The game
@@ -220,6 +222,7 @@ def test_episodes_and_their_rewards():
     lake = FrozenLake(["SF", "HG"], max_steps=2)
     assert lake.step("<action>left</action>") == (0, False, True)
     assert lake.step("nonsense") == (0, True, False)  # the horizon
+    assert lake.step("nonsense") == (0, True, False)  # and beyond
 
 
 @pytest.mark.parametrize(
@@ -1199,6 +1202,8 @@ def test_an_imagined_episode_is_as_good_as_the_mean_of_all_or_the_worst():
     expected = torch.tensor([[-1 / 6, -1 / 6], [0.5, -0.5], [0, 0]])
     torch.testing.assert_close(found, expected)
     assert found[2].tolist() == [0, 0]
+    penalties = torch.full((64, 8), -5.6)  # float32's mean of these is another number
+    assert not train.group_advantages(penalties, tiny_settings()).any()
     settings = tiny_settings(group_size=2, imagine=False, normalize_std=False)
     plain = train.group_advantages(returns, settings)
     assert plain.tolist() == [[0, 0], [0.5, -0.5], [0, 0]]
@@ -1540,6 +1545,8 @@ def test_progress_is_one_line_with_the_time_left(warm):
     line = train.progress_line(read_metrics(warm)[0], iterations=11, ends=[0.0, 30.0, 62.0])
     assert line.startswith("   1/11  success 0")
     assert line.endswith("  5:10 left")
+    line = train.progress_line(read_metrics(warm)[0], iterations=2, ends=[0.0, 119.7])
+    assert line.endswith("  2:00 left")
 
 
 def test_metrics_are_strict_json():
@@ -1820,9 +1827,11 @@ def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
     assert "lower --micro-batch-tokens" in capsys.readouterr().err
 
 
-def test_a_mistake_of_ours_is_no_bad_use(monkeypatch):
-    monkeypatch.setattr(train, "run", lambda argv, agent_class: torch.zeros(2).view(3))
-    with pytest.raises(RuntimeError, match="invalid"):
+@pytest.mark.parametrize("mistake", [lambda *_: torch.zeros(2).view(3), lambda *_: int("x")])
+def test_a_mistake_of_ours_or_of_a_fork_is_no_bad_use(mistake, monkeypatch):
+    """It keeps its traceback."""
+    monkeypatch.setattr(train, "run", mistake)
+    with pytest.raises((RuntimeError, ValueError), match="invalid"):
         command("--tiny")
 
 

@@ -34,6 +34,7 @@ def show_dots():
     print("importing torch", end="", file=sys.stderr, flush=True)
     while not IMPORTED.wait(0.5):
         print(".", end="", file=sys.stderr, flush=True)
+    print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__" and sys.stderr.isatty():
@@ -87,14 +88,16 @@ class Settings:
     group_size: int = setting(16, "Play X episodes in a group, all on its map [author]", 2)
     normalize_std: bool = setting(True, "Divide advantages by the group's standard deviation")
     imagine: bool = setting(False, "Compare with an imagined episode of mean return as well")
-    gamma: float = setting(1.0, "Multiply credit by X for each step before the last [paper]", 0, 1)
+    gamma: float = setting(
+        1.0, "Multiply credit by X for each step before the last; paper: 1", 0, 1
+    )
     sampling: str = setting("aaw", "Draw episodes by this rule", choices=("aaw", "uniform", "all"))
     keep: float = setting(0.5, "Draw this share of the episodes, by aaw and uniform", 1e-9, 1)
     update_episodes: int = setting(16, "Take about X drawn episodes in an optimiser step", 1)
     clip: float = setting(0.2, "Clip where the ratio leaves 1 - X to 1 + X [author]")
     max_gap: float = setting(0.15, "End the iteration's updates once mean |log ratio| is above X")
     entropy_coef: float = setting(0.001, "Weigh the entropy bonus by X, per token in nats [author]")
-    entropy_floor: float = setting(0.0, "Add to that weight what the entropy is below X, in nats")
+    entropy_floor: float = setting(0.0, "Raise that weight by what the entropy lacks to X nats")
     learning_rate: float = setting(1e-6, "Learn at rate X, after a ramp of ten iterations [author]")
     final_rate: float = setting(1.0, "Lower the rate to this share by the end [author]", 0, 1)
     grad_clip: float = setting(1.0, "Shorten gradients to a norm of at most X [author]")
@@ -185,8 +188,8 @@ def iterate(player, trainee, learner, iteration, replay_pool):
 def learn(trainee, learner, episodes, advantages, drawn, rate):
     """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
 
-    Ours: the steps end where the policy is further than `max_gap` from the one that played. The gap
-    comes with the pass, whose gradient is then thrown away.
+    Ours: once the mean |log ratio| to the policy that played is above `max_gap`, that gradient is
+    thrown away, and the iteration has no more updates.
     """
     s = learner.settings
     if not drawn:
@@ -341,13 +344,14 @@ def group_advantages(returns, s):
     always fails becomes less likely, and what always wins keeps A = 0.
     """
     if s.imagine:
-        imagined = returns.amin(1, keepdim=True).clamp(min=returns.mean())
+        mean = returns.double().mean().item()  # else equal returns may differ from their mean
+        imagined = returns.amin(1, keepdim=True).clamp(min=mean)
         returns = torch.cat([returns, imagined], 1)
     return msgrpo.episode_advantages(returns, s.normalize_std)[:, : s.group_size]
 
 
 def entropy_coefficient(s, episodes):
-    """Ours: the bonus grows as far as the entropy, the mean of -log p, is below `entropy_floor`."""
+    """Ours: `entropy_coef`, and what the entropy, the mean of -log p, lacks to `entropy_floor`."""
     logprobs = [x for episode in episodes for step in episode for x in step.answer.logprobs]
     return s.entropy_coef + max(0.0, s.entropy_floor + float(np.mean(logprobs)))
 
@@ -708,13 +712,13 @@ LEGEND = "success on new maps, mean return, valid answers, entropy in nats, grou
 
 def progress_line(m, iterations, ends):
     """An iteration's metrics in one line; ends: when the last iterations ended, in seconds."""
-    left = (ends[-1] - ends[0]) / (len(ends) - 1) * (iterations - m["iteration"])
+    left = round((ends[-1] - ends[0]) / (len(ends) - 1) * (iterations - m["iteration"]))
     line = f"{m['iteration']:4d}/{iterations}"
     for key in ("success", "return", "valid", "entropy", "zero_variance_groups"):
         value = "-" if m[key] is None else f"{m[key]:.3f}"
         line += f"  {SHORT.get(key, key)} {value}"
     speed = f"{m['tokens_per_second']:,.0f} tokens/s"
-    return f"{line}  {speed}  {left // 60:.0f}:{left % 60:02.0f} left"
+    return f"{line}  {speed}  {left // 60}:{left % 60:02} left"
 
 
 SCORES = {  # columns of the scoreboard
@@ -804,7 +808,7 @@ def check_learning(history):
     if len(last) < 3 or any(m["updates"] for m in last):
         return
     if all(m["refused_updates"] for m in last):
-        raise ValueError(
+        raise lm.BadInput(
             f"no gradient was finite since iteration {last[0]['iteration']}, and none was used: "
             "start again with a lower --learning-rate, or from other weights"
         )
@@ -973,7 +977,7 @@ class Parser(argparse.ArgumentParser):
             meant += difflib.get_close_matches(word, flags, 1)
             if word not in flags and meant:
                 message += f": did you mean {meant[0]}?"
-        raise ValueError(message)
+        raise lm.BadInput(message)
 
 
 def make_parser():
@@ -1152,7 +1156,7 @@ def main(argv=None, agent_class=lm.LanguageAgent):
         return 0
     except KeyboardInterrupt:
         return complain("interrupted", 130)
-    except (ValueError, OSError) as error:
+    except (lm.BadInput, OSError) as error:
         return complain(error, 2)
     except (RuntimeError, MemoryError) as error:
         if not lm.out_of_memory(error):
