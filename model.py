@@ -31,7 +31,7 @@ from msgrpo import Answer
 # float32. A GPU is slow where a slice has few tokens
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
-CHUNK = 1024  # tokens; `sample` finds the chunk first
+CHUNK = 256  # tokens; `sample` finds the chunk first
 
 
 @dataclass(frozen=True)
@@ -1293,8 +1293,10 @@ def load_tokenizer(directory, files, end_ids, config):
 def missing_config(directory):
     """Why this path is no model's folder, and what to give in its place."""
     snapshots = sorted(path.parent for path in directory.glob("snapshots/*/config.json"))
-    if not directory.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
-        return f"only folders are read; `hf download {directory} --local-dir DIR` makes one"
+    if not directory.exists():
+        return (
+            f"no such folder; of a hub's model, `hf download {directory} --local-dir DIR` makes one"
+        )
     if not directory.is_dir():
         return "it is no folder"
     if snapshots:

@@ -1738,12 +1738,13 @@ REFUSALS = {  # use: a word of the message
     "--tiny --iter 3": "--iter",
     "--tiny --learning-rat 3": "did you mean --learning-rate?",
     "--tiny --lr 3": "did you mean --learning-rate?",
+    "--tinny": "did you mean --tiny?",
     "--tiny extra": "extra",
     "": "--tiny",
     "--tiny --gamma 2": "gamma",
     "--tiny --gamma nan": "gamma",
     "--tiny --max-gap inf": "max-gap",
-    "--tiny --groups 0": "groups",
+    "--tiny --groups 0": "0 is not at least 1",
     "--tiny --threads 100000000000": "threads",
     "--tiny --sampling best": "sampling",
     "--tiny --iterations x": "iterations",
@@ -1756,6 +1757,8 @@ REFUSALS = {  # use: a word of the message
     "--tiny --out /proc/x": "/proc/x",
     "--tiny --out FOREIGN/notes.txt": "notes.txt",
     "--resume RUN --seed 3": "seed",
+    "--resume RUN --iterations 1": "has made 2 iterations",
+    "--play BARE": "--resume it",
     "--resume RUN --out NEW": "out",
     "--eval RUN --out NEW": "out",
     "--resume NOWHERE": "NOWHERE",
@@ -1789,6 +1792,9 @@ def homes(warm, tmp_path_factory):
     cut(home / "CUT_MODEL/model.safetensors")
     cut(home / "CUT_SETTINGS/settings.json")
     (home / "EMPTY").mkdir()
+    shutil.copytree(warm, home / "BARE")
+    (home / "BARE/state.pt").unlink()
+    (home / "BARE/model/model.safetensors").unlink()
     (home / "FOREIGN").mkdir()
     (home / "FOREIGN/notes.txt").write_text("mine")
     return home
@@ -2508,7 +2514,7 @@ def test_folders_that_hold_no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert f"hf download {name} --local-dir" in reason(name)
-    assert "no folder" in reason("nowhere")
+    assert "no such folder" in reason("nowhere")
     Path("file").write_text("")
     assert "no folder" in reason("file")
     Path("empty").mkdir()

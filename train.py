@@ -989,7 +989,7 @@ def make_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    modes = parser.add_mutually_exclusive_group(required=True)
+    modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
         "--tiny", action="store_const", const="", help="train a tiny model from nothing"
     )
@@ -1023,7 +1023,8 @@ def number(kind, low, high):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+            limits = f"at least {low}" if high == 1e18 else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's message
@@ -1033,7 +1034,8 @@ def number(kind, low, high):
 def run(argv, agent_class):
     """One command. Raises ValueError or OSError, with a line that says why, on bad use or input."""
     given = vars(make_parser().parse_args(argv))
-    mode = next(mode for mode in ("tiny", *MODES) if mode in given)
+    mode = next((mode for mode in ("tiny", *MODES) if mode in given), None)
+    lm.ensure(mode, "give --tiny, or a folder by --checkpoint, --resume, --eval or --play")
     folder = Path(given.pop(mode))
     for name in given:
         allowed = mode not in TAKES or name in TAKES[mode]
@@ -1062,9 +1064,10 @@ def read_settings(mode, folder, given):
         return Settings(**TINY | given)
     if mode == "checkpoint":
         return Settings(**given, checkpoint=str(folder.resolve()))
-    if mode == "resume" or path.exists():
+    if path.exists():
         with lm.blaming(path):
             return Settings(**lm.parse_json(path.read_bytes()) | given)
+    lm.ensure(mode != "resume", f"{folder} is no run: there is no settings.json in it")
     return Settings(**given)
 
 
@@ -1084,6 +1087,8 @@ def load_model(mode, folder, settings):
             state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
             weights = state.pop("weights")
     model_folder = folder / "model" if is_run else folder
+    has_model = not is_run or weights or (model_folder / "model.safetensors").exists()
+    lm.ensure(has_model, f"{folder} was stopped before its first state: --resume it")
     model, tokenizer = lm.load_pretrained(model_folder, weights=weights)
     lm.ensure(tokenizer, f"{folder} has no tokenizer.json: there is no text without one")
     return model, tokenizer, state if mode == "resume" else None
@@ -1091,6 +1096,8 @@ def load_model(mode, folder, settings):
 
 def resume(learner, out, state, given):
     """Go on with a run, and keep the settings that were given."""
+    made = len(state["history"]) if state else 0
+    lm.ensure(made <= learner.settings.iterations, f"{out} has made {made} iterations already")
     if given:
         write(out / "settings.json", settings_text(learner.settings))
     if given.keys() & NUMERICS:
