@@ -30,6 +30,7 @@ class Scenario:
     p: float  # probability that a tile is frozen, not a hole
     success_rate: float  # probability of moving as chosen
     max_steps: int  # of an episode
+    maze: bool = False  # start and goal anywhere, and detours: `random_maze`
 
 
 SCENARIOS = {  # the first three are the later public configuration of the paper's first author
@@ -37,6 +38,7 @@ SCENARIOS = {  # the first three are the later public configuration of the paper
     "slippery": Scenario(size=4, p=0.9, success_rate=1 / 3, max_steps=15),
     "bigslippery": Scenario(size=6, p=0.9, success_rate=1 / 3, max_steps=15),
     "big": Scenario(size=6, p=0.8, success_rate=1.0, max_steps=20),  # ours
+    "maze": Scenario(size=4, p=0.7, success_rate=1.0, max_steps=20, maze=True),  # ours
 }
 
 
@@ -178,22 +180,20 @@ class FrozenLake:
 # Below: how maps are drawn and held out, and what evaluation compares with.
 
 
-def solvable(desc):
-    """Can the goal be reached from the start, top left, without entering a hole?"""
+def distances(desc):
+    """{(row, column): moves from there to the goal, around holes}, of all tiles that lead there."""
     size = len(desc)
-    frontier = [(0, 0)]
-    seen = {(0, 0)}
-    while frontier:
-        row, column = frontier.pop()
-        if desc[row][column] == "G":
-            return True
+    goal = next((i, row.index("G")) for i, row in enumerate(desc) if "G" in row)
+    moves = {goal: 0}
+    frontier = [goal]
+    for row, column in frontier:  # it grows meanwhile
         for down, right in MOVES:
             place = (row + down, column + right)
             inside = 0 <= place[0] < size and 0 <= place[1] < size
-            if inside and place not in seen and desc[place[0]][place[1]] != "H":
-                seen.add(place)
+            if inside and place not in moves and desc[place[0]][place[1]] != "H":
+                moves[place] = moves[row, column] + 1
                 frontier.append(place)
-    return False
+    return moves
 
 
 def random_map(size, p, rng):
@@ -209,23 +209,48 @@ def random_map(size, p, rng):
         tiles[0, 0] = "S"
         tiles[-1, -1] = "G"
         desc = ["".join(row) for row in tiles]
-        if solvable(desc):
+        if (0, 0) in distances(desc):
             return desc
     raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
+
+
+def random_maze(size, p, rng):
+    """A board some of whose tiles need a detour; start and goal are anywhere (ours).
+
+    From such a tile the way to the goal is at least four moves longer than without holes. Half of
+    the mazes start on one of them, half on any tile that leads to the goal.
+    """
+    while True:
+        tiles = np.where(rng.random((size, size)) < p, "F", "H")
+        goal = tuple(rng.integers(size, size=2).tolist())
+        tiles[goal] = "G"
+        moves = distances(["".join(row) for row in tiles])
+        starts = list(moves)[1:]  # the first is the goal
+        straight = {place: abs(place[0] - goal[0]) + abs(place[1] - goal[1]) for place in starts}
+        detours = [place for place in starts if moves[place] - straight[place] >= 4]
+        if detours:
+            if rng.random() < 0.5:
+                starts = detours
+            tiles[starts[rng.integers(len(starts))]] = "S"
+            return ["".join(row) for row in tiles]
 
 
 def is_held_out(desc):
     """Is this map reserved for evaluation? An eighth of all maps is, by a hash.
 
-    Another seed would not do: only 3,828 maps of 4x4 are solvable, and the likely ones repeat.
+    Another seed would not do: only 3,828 maps of 4x4 are solvable, and the likely ones repeat. All
+    starts of a board are on one side, as one walks from each to others: it is hashed with the start
+    top left, where the usual maps have it.
     """
-    return hashlib.sha256("\n".join(desc).encode()).digest()[0] % 8 == 0
+    board = "\n".join(desc).replace("S", "F")
+    return hashlib.sha256(f"S{board[1:]}".encode()).digest()[0] % 8 == 0
 
 
 def draw_map(scenario, rng, held_out=False):
     """A random map of the scenario, from the training maps or from the held-out ones."""
+    draw = random_maze if scenario.maze else random_map
     while True:
-        desc = random_map(scenario.size, scenario.p, rng)
+        desc = draw(scenario.size, scenario.p, rng)
         if is_held_out(desc) == held_out:
             return desc
 
@@ -237,7 +262,7 @@ def held_out_maps(scenario):
     for inner in itertools.product("FH", repeat=14):
         tiles = "S" + "".join(inner) + "G"
         desc = [tiles[i : i + 4] for i in range(0, 16, 4)]
-        if is_held_out(desc) and solvable(desc):
+        if is_held_out(desc) and (0, 0) in distances(desc):
             maps.append(desc)
     holes = np.array(["".join(desc).count("H") for desc in maps])
     weights = scenario.p ** (14 - holes) * (1 - scenario.p) ** holes
@@ -248,9 +273,9 @@ def baselines(lake):
     """Probability of the goal within max_steps of players who do not learn: {player: probability}.
 
     random   any move, uniformly
-    reflex1  down where the cell below can be walked on, else right
-    reflex2  the same, but down only if one more move down or right is possible from there
-    reflex3  the same, if two more moves are
+    reflex1  nearer to the goal, onto ice: up or down if it can, else sideways
+    reflex2  the same, where one more move nearer is possible from there
+    reflex3  the same, where two more moves are
     optimal  the best there is
 
     By value iteration: V(s) <- sum_a pi(a|s) sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
@@ -279,23 +304,31 @@ def baselines(lake):
 
 
 def reflex(lake, sight):
-    """The action of each state: down where `sight` cells from there can be walked, else right."""
+    """The action of each state: nearer to the goal, where `sight` cells can be walked from there.
+
+    Where none can, it is the last that leads nearer, holes or not.
+    """
     actions = []
     for state in range(len(lake.tiles)):
-        row, column = divmod(state, lake.columns)
-        goes_down = walkable(lake, row + 1, column, sight)
-        actions.append(ACTIONS.index("down" if goes_down else "right"))
+        nearer = nearer_moves(lake, state)
+        good = [a for a in nearer if walkable(lake, lake.neighbour(state, a), sight)]
+        actions.append((good or nearer[-1:] or [0])[0])
     return actions
 
 
-def walkable(lake, row, column, sight):
-    """Can one walk on this cell, and on from it, down or right, over `sight` cells in all?"""
-    if row == lake.rows or column == lake.columns:
+def nearer_moves(lake, state):
+    """The actions that lead nearer to the goal, holes or not: up or down first, then sideways."""
+    row, column = divmod(state, lake.columns)
+    goal_row, goal_column = divmod(lake.tiles.index("G"), lake.columns)
+    gains = (column - goal_column, goal_row - row, goal_column - column, row - goal_row)
+    return [action for action in (1, 3, 0, 2) if gains[action] > 0]
+
+
+def walkable(lake, state, sight):
+    """Can one walk on this cell, and on from it, nearer to the goal, over `sight` cells in all?"""
+    if lake.tiles[state] == "H":
         return False
-    tile = lake.tiles[row * lake.columns + column]
-    if tile == "H":
-        return False
-    if tile == "G" or sight == 1:
+    if lake.tiles[state] == "G" or sight == 1:
         return True
-    below = walkable(lake, row + 1, column, sight - 1)
-    return below or walkable(lake, row, column + 1, sight - 1)
+    onward = [lake.neighbour(state, action) for action in nearer_moves(lake, state)]
+    return any(walkable(lake, target, sight - 1) for target in onward)

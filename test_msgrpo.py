@@ -307,7 +307,7 @@ def solvable_maps():
     for inner in itertools.product("FH", repeat=14):
         tiles = "S" + "".join(inner) + "G"
         desc = (tiles[:4], tiles[4:8], tiles[8:12], tiles[12:])
-        if frozenlake.solvable(desc):
+        if (0, 0) in frozenlake.distances(desc):
             masses[desc] = 0.8 ** inner.count("F") * 0.2 ** inner.count("H")
     total = sum(masses.values())
     return {desc: mass / total for desc, mass in masses.items()}
@@ -334,13 +334,48 @@ def test_random_maps_have_their_frequencies(solvable_maps):
         assert near(sum(str(desc).count("H") == holes for desc in drawn), 3000, p)
 
 
+@pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("held_out", [True, False])
-def test_maps_are_drawn_from_one_side_of_the_split(held_out):
+def test_maps_are_drawn_from_one_side_of_the_split(held_out, name):
+    """All starts of a board are on the same side."""
     rng = np.random.default_rng(0)
     for _ in range(20):
-        desc = frozenlake.draw_map(SCENARIOS["big"], rng, held_out)
-        assert frozenlake.is_held_out(desc) == held_out
-        assert len(desc) == 6
+        desc = frozenlake.draw_map(SCENARIOS[name], rng, held_out)
+        assert len(desc) == SCENARIOS[name].size
+        for row, column in frozenlake.distances(desc):
+            if desc[row][column] != "G":
+                moved = [list(line.replace("S", "F")) for line in desc]
+                moved[row][column] = "S"
+                assert frozenlake.is_held_out(["".join(line) for line in moved]) == held_out
+
+
+def test_distances_go_around_holes():
+    desc = ["SHFF", "FFHF", "HFFF", "HHHG"]
+    assert frozenlake.distances(desc)[0, 0] == 6
+    assert (0, 2) in frozenlake.distances(desc)
+    desc = ["FFHG", "FHHF", "FHFF", "SFFH"]
+    moves = frozenlake.distances(desc)
+    assert moves[3, 0] == 6
+    assert moves[0, 1] == 10
+    assert (0, 2) not in moves and (3, 3) not in moves
+
+
+def test_half_of_the_mazes_need_a_detour():
+    """Of at least four moves; and no side is preferred."""
+    rng = np.random.default_rng(0)
+    longer = []
+    turned = []
+    for _ in range(400):
+        desc = frozenlake.random_maze(4, 0.7, rng)
+        tiles = "".join(desc)
+        start = divmod(tiles.index("S"), 4)
+        goal = divmod(tiles.index("G"), 4)
+        straight = abs(start[0] - goal[0]) + abs(start[1] - goal[1])
+        longer.append(frozenlake.distances(desc)[start] - straight)
+        turned.append(start < goal)
+        assert tiles.count("S") == tiles.count("G") == 1
+    assert 0.5 < np.mean(np.array(longer) >= 4) < 0.75  # half, and some of those anywhere
+    assert near(sum(turned), 400, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ class Settings:
     think: bool = setting(False, "Ask for thoughts and a plan before the action")
     temperature: float = setting(1.25, "Sample, and score, at this temperature [author]", 1e-6)
     max_new_tokens: int = setting(0, "End answers after X tokens; 0: 16, to think 256 [author]")
-    eval_every: int = setting(0, "Evaluate on noslip every X iterations; 0: at the end alone")
+    eval_every: int = setting(0, "Evaluate every X iterations; 0: at the end alone")
     eval_episodes: int = setting(1000, "Play at most X episodes to evaluate a scenario", 1)
 
     dtype: str = setting(DTYPE, "Run passes in these numbers", choices=("float32", "bfloat16"))
@@ -213,7 +213,7 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
 def evaluate(learner, name, greedy=True, limit=None):
     """Success on held-out maps beside that of players who do not learn: printed and returned.
 
-    4x4 without slipping: each held-out map once, so that greedy figures are exact; `success`
+    noslip: each held-out map once, so that greedy figures are exact; `success`
     weights a map by its probability. Otherwise the same `eval_episodes` episodes every time, with
     half of Wilson's 95 % interval. limit: episodes, instead of `eval_episodes`.
     """
@@ -672,7 +672,7 @@ def summarize(episodes, returns, success, replayed, tried):
 
 def evaluation_maps(scenario, episodes):
     """(held-out maps, their weights, are they all there are?): at most so many episodes."""
-    if scenario.size == 4 and scenario.success_rate == 1:
+    if scenario.size == 4 and scenario.success_rate == 1 and not scenario.maze:
         maps, weights = frozenlake.held_out_maps(scenario)
         if len(maps) <= episodes:
             return maps, weights, True
@@ -786,7 +786,7 @@ def train(learner, out, state):
             tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
             metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
             if s.eval_every and iteration % s.eval_every == 0:
-                metrics["unseen_success"] = evaluate(learner, "noslip")["success"]
+                metrics["unseen_success"] = evaluate(learner, s.scenario)["success"]
             metrics["seconds"] = time.perf_counter() - clock
             metrics["iteration"] = iteration
             metrics["learning_rate"] = learning_rate(s, iteration)
@@ -844,7 +844,7 @@ def measure_before(learner, lake):
     say(learner.tokenizer.decode(prompt) + "\n")
     say("before MS-GRPO, sampled, on held-out lakes:\n" + score_line("", SCORES.values()))
     limit = min(50, learner.settings.eval_episodes)
-    return evaluate(learner, "noslip", greedy=False, limit=limit)
+    return evaluate(learner, learner.settings.scenario, greedy=False, limit=limit)
 
 
 def save_state(out, state, learner):
@@ -859,7 +859,7 @@ def finish(learner, out, state, clock):
     if RANK == 0:
         lm.save_pretrained(out / "model", learner.master, learner.tokenizer, weights)
     scenarios = evaluate_all(learner)
-    unseen = scenarios["noslip"]
+    unseen = scenarios[learner.settings.scenario]
     summary = {
         "unseen_success": unseen["success"],
         "unseen_success_unweighted": unseen["unweighted"],
@@ -964,7 +964,7 @@ metrics.jsonl has a line per iteration:
     rollout_gap                  mean |log-probability when sampled - when scored|, in bfloat16
     learning_rate                of the iteration
     tokens_per_second            sampled and trained tokens
-    unseen_success               with --eval-every: success on held-out maps
+    unseen_success               with --eval-every: success on held-out maps of the scenario
 """
 
 

@@ -12,6 +12,7 @@
 In each the answer is one of the four words of frozenlake.ACTIONS in <action>..</action>.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,8 +118,13 @@ def draw_lake(rng, held_out=False):
         rows = tiles.reshape(SIZE, SIZE)
         desc = ["".join(row) for row in rows]
         moves = distance(desc)
-        if 2 <= moves <= LAKE_STEPS and frozenlake.is_held_out(desc) == held_out:
+        if 2 <= moves <= LAKE_STEPS and is_held_out(desc) == held_out:
             return desc
+
+
+def is_held_out(desc):
+    """As frozenlake's was when the study began. Starts of one board may be on both sides."""
+    return hashlib.sha256("\n".join(desc).encode()).digest()[0] % 8 == 0
 
 
 def distance(desc):
