@@ -214,11 +214,11 @@ def random_map(size, p, rng):
     raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
 
 
-def random_maze(size, p, rng):
+def random_maze(size, p, rng, hard=0.0):
     """A board some of whose tiles need a detour; start and goal are anywhere (ours).
 
-    From such a tile the way to the goal is at least four moves longer than without holes. Half of
-    the mazes start on one of them, half on any tile that leads to the goal.
+    From such a tile the way to the goal is at least four moves longer than without holes. A share
+    `hard` of the mazes start on one of them, the others on any tile that leads to the goal.
     """
     while True:
         tiles = np.where(rng.random((size, size)) < p, "F", "H")
@@ -229,7 +229,7 @@ def random_maze(size, p, rng):
         straight = {place: abs(place[0] - goal[0]) + abs(place[1] - goal[1]) for place in starts}
         detours = [place for place in starts if moves[place] - straight[place] >= 4]
         if detours:
-            if rng.random() < 0.5:
+            if rng.random() < hard:
                 starts = detours
             tiles[starts[rng.integers(len(starts))]] = "S"
             return ["".join(row) for row in tiles]
@@ -247,10 +247,16 @@ def is_held_out(desc):
 
 
 def draw_map(scenario, rng, held_out=False):
-    """A random map of the scenario, from the training maps or from the held-out ones."""
-    draw = random_maze if scenario.maze else random_map
+    """A random map of the scenario, from the training maps or from the held-out ones.
+
+    Half of the held-out mazes start where they need a detour. In training a start is anywhere, so
+    that a beginner wins at times.
+    """
     while True:
-        desc = draw(scenario.size, scenario.p, rng)
+        if scenario.maze:
+            desc = random_maze(scenario.size, scenario.p, rng, hard=held_out / 2)
+        else:
+            desc = random_map(scenario.size, scenario.p, rng)
         if is_held_out(desc) == held_out:
             return desc
 
