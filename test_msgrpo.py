@@ -1513,6 +1513,11 @@ def test_a_run_leaves_metrics_and_a_summary(warm):
     assert metrics[0]["seconds"] < metrics[1]["seconds"] < summary["seconds"] < 600
 
 
+def test_a_new_model_has_the_layers_asked_for():
+    model, _ = train.tiny_start(tiny_settings(layers=2))
+    assert len(model.model.layers) == 2
+
+
 def test_the_warm_up_teaches_to_speak_not_to_play(warm):
     before = read_summary(warm)["before"]
     assert before["valid"] > 0.8
@@ -1737,7 +1742,7 @@ CHANGES = {  # for every setting flags that QUICK has not
     "micro_batch_tokens": "--micro-batch-tokens 10",
 }
 # These change nothing in a short run, or nothing at all: each has a test of its own.
-NO_CHANGE = {"final_rate", "checkpoint", "checkpoint_every", "device"}
+NO_CHANGE = {"final_rate", "checkpoint", "checkpoint_every", "device", "layers"}
 NO_CHANGE |= {"threads", "recompute"}
 
 
@@ -1793,6 +1798,7 @@ REFUSALS = {  # use: a word of the message
     "--tiny --out /proc/x": "/proc/x",
     "--tiny --out FOREIGN/notes.txt": "notes.txt",
     "--resume RUN --seed 3": "seed",
+    "--checkpoint RUN --layers 3": "--layers goes with --tiny",
     "--resume RUN --iterations 1": "has made 2 iterations",
     "--play BARE": "--resume it",
     "--resume RUN --out NEW": "out",

@@ -102,6 +102,7 @@ class Settings:
     final_rate: float = setting(1.0, "Lower the rate to this share by the end [author]", 0, 1)
     grad_clip: float = setting(1.0, "Shorten gradients to a norm of at most X [author]")
     replay: float = setting(0.0, "Play this share of groups on maps that were failed before", 0, 1)
+    layers: int = setting(3, "Give a new model X layers", 1, 1000)
     warmup_steps: int = setting(0, "Teach a new model the game's text first, in X steps")
 
     scenario: str = setting("noslip", "Train on these lakes", choices=tuple(SCENARIOS))
@@ -605,7 +606,7 @@ def tiny_start(s):
         tokenizer.size,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=s.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
@@ -1063,6 +1064,7 @@ def read_settings(mode, folder, given):
     if mode == "tiny":
         return Settings(**TINY | given)
     if mode == "checkpoint":
+        lm.ensure("layers" not in given, "--layers goes with --tiny: a checkpoint has its own")
         return Settings(**given, checkpoint=str(folder.resolve()))
     if path.exists():
         with lm.blaming(path):
