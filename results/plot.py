@@ -5,7 +5,7 @@
 
 Lines: success of training episodes on newly drawn lakes, mean of ten iterations. Points: success
 on the held-out lakes, from --eval-every and at the end from summary.json. Dashed: the players of
-`frozenlake.baselines` on the held-out lakes, from summary.json or, while there is none, computed.
+`frozenlake.baselines` on the held-out lakes of the first run's scenario.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import frozenlake
+import train
 
 try:
     import matplotlib
@@ -34,9 +35,9 @@ X_LABELS = {
 }
 LEVELS = {  # a name of frozenlake.baselines: its label
     "optimal": "optimal",
-    "reflex3": "down if three cells are free, else right",
-    "reflex2": "down if two cells are free, else right",
-    "reflex1": "down if one cell is free, else right",
+    "reflex3": "nearer to the goal, if three cells are free",
+    "reflex2": "nearer to the goal, if two cells are free",
+    "reflex1": "nearer to the goal, if one cell is free",
     "random": "random moves",
 }
 CAPTION = "lines: new lakes in training, mean of ten iterations.  points: lakes never trained on"
@@ -89,17 +90,12 @@ def moving_average(values, width=10):
     return np.array(means)
 
 
-def success_of_baselines(runs):
-    """{player: success on the held-out lakes}"""
-    for run in runs:
-        figures = run.summary.get("scenarios", {}).get("noslip", {})
-        if figures.keys() >= LEVELS.keys():
-            return {name: figures[name] for name in LEVELS}
-    scenario = frozenlake.SCENARIOS["noslip"]
-    maps, weights = frozenlake.held_out_maps(scenario)
-    lakes = [frozenlake.FrozenLake(desc, 1.0, scenario.max_steps) for desc in maps]
-    found = [frozenlake.baselines(lake) for lake in lakes]
-    return {name: float(weights @ [of_lake[name] for of_lake in found]) for name in LEVELS}
+def success_of_baselines(folder):
+    """{player: success on the held-out lakes} of a run's scenario."""
+    name = json.loads((folder / "settings.json").read_text())["scenario"]
+    settings = train.Settings(scenario=name)
+    maps, weights, _ = train.evaluation_maps(frozenlake.SCENARIOS[name], settings.eval_episodes)
+    return train.mean_baselines([settings.lake(desc, scenario=name) for desc in maps], weights)
 
 
 def title(runs):
@@ -134,11 +130,11 @@ def draw(runs, levels, x_key, out):
     for name, level in levels.items():
         panel.axhline(level, color="gray", lw=0.8, ls="--", zorder=0)
         look = {"color": "gray", "fontsize": 8, "ha": "right", "va": "bottom"}
+        if name.startswith("reflex"):
+            look["va"] = "top"  # above are the curves
         paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
         where = panel.get_yaxis_transform()  # x in parts of the panel, y in data
-        panel.text(
-            0.99, level + 0.005, f"{LEVELS[name]}: {level:.1%}", look, bbox=paper, transform=where
-        )
+        panel.text(0.99, level, f"{LEVELS[name]}: {level:.1%}", look, bbox=paper, transform=where)
     ends = []
     for i, run in enumerate(runs):
         x = run.x(x_key)
@@ -175,7 +171,7 @@ def read_runs(folders):
 
 def follow(args):
     """Redraw every few seconds until all runs have ended."""
-    levels = success_of_baselines([])
+    levels = success_of_baselines(args.runs[0])
     finished = False
     while not finished:
         finished = all(is_finished(folder) for folder in args.runs)
@@ -204,7 +200,7 @@ def main():
             sys.exit(130)
     else:
         runs = read_runs(args.runs)
-        draw(runs, success_of_baselines(runs), args.x, args.out)
+        draw(runs, success_of_baselines(args.runs[0]), args.x, args.out)
     print(args.out)
 
 
