@@ -354,8 +354,9 @@ def pad(rows, value):
 class LanguageAgent:
     """A language-agent policy (msgrpo.Policy): a transformer that reads instructions and a state.
 
-    What texts have in common is run once (`Tree`): the instructions, which begin every prompt,
-    equal prompts and, when scoring, equal answers. All of this is exact, gradients included.
+    What texts have in common is run once (`Tree`, further below, draws it): the instructions, which
+    begin every prompt, equal prompts and, when scoring, equal answers. All of this is exact,
+    gradients included.
     """
 
     def __init__(
@@ -492,8 +493,14 @@ def pick(parts, order):
 class Tree:
     """Texts behind the same instructions, in which what begins alike is run once.
 
-    A node is a token and all that stands before it. Instructions and nodes are one long row. Only
-    attention takes the texts apart: it gathers each one's nodes, and a node takes a text's result.
+        texts        A B C, A B D     behind the instructions I
+        ids          I A B C D        one long row of nodes: tokens with all that stands before them
+        positions    0 1 2 3 3
+        paths        1 2 3, 1 2 4     where each text's nodes stand in the row
+        slots        0 1 2 3, 0 1 2 4     the same, behind the instructions
+
+    Only attention takes the texts apart: it gathers each one's nodes, and a node that several texts
+    share takes the result of one of them.
     """
 
     def __init__(self, instructions, texts, device):
