@@ -86,6 +86,7 @@ has not been run is named in the report.
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -627,6 +628,8 @@ def main():
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs side by side")
     parser.add_argument("--report", action="store_true", help="table and figures alone")
     options = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the report needs matplotlib: pip install matplotlib")
     if not options.report:
         for games, arms, seeds in ORDER:
             do(tuning_jobs(games, arms), options.processes)
