@@ -1301,9 +1301,9 @@ def missing_config(directory):
     """Why this path is no model's folder, and what to give in its place."""
     snapshots = sorted(path.parent for path in directory.glob("snapshots/*/config.json"))
     if not directory.exists():
-        return (
-            f"no such folder; of a hub's model, `hf download {directory} --local-dir DIR` makes one"
-        )
+        name = directory.as_posix()
+        hub = f"; of a hub's model, `hf download {name} --local-dir DIR` makes one"
+        return "no such folder" + (hub if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) else "")
     if not directory.is_dir():
         return "it is no folder"
     if snapshots:

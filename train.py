@@ -88,9 +88,7 @@ class Settings:
     group_size: int = setting(16, "Play X episodes in a group, all on its map [author]", 2)
     normalize_std: bool = setting(True, "Divide advantages by the group's standard deviation")
     imagine: bool = setting(False, "Compare with an imagined episode of mean return as well")
-    gamma: float = setting(
-        1.0, "Multiply credit by X for each step before the last; paper: 1", 0, 1
-    )
+    gamma: float = setting(1.0, "Fade credit by X a step, from the end back; paper: 1", 0, 1)
     sampling: str = setting("aaw", "Draw episodes by this rule", choices=("aaw", "uniform", "all"))
     keep: float = setting(0.5, "Draw this share of the episodes, by aaw and uniform", 1e-9, 1)
     update_episodes: int = setting(16, "Take about X drawn episodes in an optimiser step", 1)
