@@ -121,7 +121,7 @@ class FrozenLake:
             turns = [(1.0, 0)]
         outcomes = []
         for probability, turn in turns:
-            target = self.neighbour(state, (action + turn) % 4)  # ACTIONS go around
+            target = self.neighbour(state, (action + turn) % 4)  # turned by 90 degrees
             tile = self.tiles[target]
             outcomes.append((probability, target, float(tile == "G"), tile in "GH"))
         return outcomes

@@ -203,9 +203,8 @@ def policy_loss(logprobs, old_logprobs, credit, entropies, clip=0.2, entropy_coe
 def micro_batches(steps, budget):
     """The steps in lists of about `budget` tokens, those of similar length together.
 
-    The instructions, which a list has once, do not count.
     Equal answers to equal prompts stay in one list and count once, as `Policy.score` runs them
-    once.
+    once. The instructions, which a list has once, do not count.
     """
     alike = {}
     for step in steps:

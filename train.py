@@ -212,9 +212,9 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
 def evaluate(learner, name, greedy=True, limit=None):
     """Success on held-out maps beside that of players who do not learn: printed and returned.
 
-    noslip: each held-out map once, so that greedy figures are exact; `success`
-    weights a map by its probability. Otherwise the same `eval_episodes` episodes every time, with
-    half of Wilson's 95 % interval. limit: episodes, instead of `eval_episodes`.
+    noslip: each held-out map once, so that greedy figures are exact; `success` weights a map by its
+    probability. Otherwise the same `eval_episodes` episodes every time, with half of Wilson's 95 %
+    interval. limit: episodes, instead of `eval_episodes`.
     """
     s = learner.settings
     scenario = SCENARIOS[name]

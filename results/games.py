@@ -129,16 +129,8 @@ def is_held_out(desc):
 
 def distance(desc):
     """Moves from start to goal past the holes; 0 where there is no way."""
-    lake = FrozenLake(desc)
-    goal = lake.tiles.index("G")
-    reached = edge = {lake.state}
-    for moves in range(1, len(lake.tiles)):
-        beside = {lake.neighbour(state, action) for state in edge for action in range(4)}
-        edge = {state for state in beside - reached if lake.tiles[state] != "H"}
-        reached = reached | edge
-        if goal in edge:
-            return moves
-    return 0
+    start = divmod("".join(desc).index("S"), SIZE)
+    return frozenlake.distances(desc).get(start, 0)
 
 
 def make_lake(desc, rng, kind=FrozenLake, success_rate=1.0):
