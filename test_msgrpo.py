@@ -6,6 +6,7 @@ lies in testdata/, made by testdata/golden.py. Runs of train.py are calls of tra
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -2916,3 +2917,23 @@ def test_a_models_chat_is_saved_with_it(checkpoint, tmp_path):
     for text, think, ids in CHATS["qwen3"]["prompts"]:
         assert again.prompt(text, think) == tokenizer.prompt(text, think) == ids
     assert again.end_ids == tokenizer.end_ids and again.size == tokenizer.size
+
+
+def test_the_smollm2_scripts_agent_scores_what_it_says(tmp_path):
+    """On a random model that has SmolLM2's chat; the script's whole command."""
+    path = Path(train.__file__).parent / "results/smollm2.py"
+    spec = importlib.util.spec_from_file_location("smollm2", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    tokenizer = load_chat("smollm2")
+    model = lm.Transformer(dataclasses.replace(CONFIG, vocab_size=tokenizer.size))
+    files, template = chat_files("smollm2")
+    model.files = files | {"chat_template.jinja": template.encode()}
+    lm.save_pretrained(tmp_path / "model", model, tokenizer)
+    flags = f"--groups 2 --group-size 2 --iterations 1 --sampling all --eval-episodes 2 {CPU}"
+    argv = [*script.FLAGS, "--checkpoint", str(tmp_path / "model"), *flags.split()]
+    argv += ["--out", str(tmp_path / "run")]
+    assert train.main(argv, agent_class=script.WordAgent) == 0
+    [metrics] = read_metrics(tmp_path / "run")
+    assert metrics["updates"] == 1 and metrics["trained_tokens"] == metrics["generated_tokens"]
+    assert metrics["logprob_gap"] < 1e-5

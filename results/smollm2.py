@@ -48,7 +48,7 @@ class WordAgent(lm.LanguageAgent):
         super().__init__(model, tokenizer, instructions, *settings)
         lm.ensure(tokenizer.template, "this script asks by chat: the model has no chat template")
         before, after = tokenizer.cut(self.chat(instructions))
-        self.instructions = torch.tensor([tokenizer.encode_chat(before)], device=self.device)
+        self.instructions = tokenizer.encode_chat(before)
         tail = tokenizer.encode_chat(after + OPEN)
         self.encode = lambda state: (*tokenizer.encode(state), *tail)
         self.refresh()
@@ -74,7 +74,7 @@ class WordAgent(lm.LanguageAgent):
         prompts = [self.encode(state) for state in observations]
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.tables]
         if new:
-            tables, _, _ = self.read_prompts(new)
+            tables = self.read_prompts(new)[0]
             self.tables.update(zip(new, tables))
         table = torch.stack([self.tables[prompt] for prompt in prompts])
         tokens = lm.sample(table, None if uniforms is None else uniforms[:, 0])
