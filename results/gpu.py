@@ -205,7 +205,7 @@ def clock_stages(learner):
 def prediction(c, settings, args, player, lake):
     """What memory.py says of these iterations, without an evaluation: total GiB."""
     sizes = SimpleNamespace(
-        shared=player.instructions.shape[1],
+        shared=len(player.instructions),
         state=len(player.encode(lake.observation())),
         new=player.max_new_tokens,
         episodes=settings.groups * settings.group_size,
