@@ -113,7 +113,7 @@ class Attention(nn.Module):
         self.q_norm = norm(config.head_dim, config.rms_norm_eps)
         self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, context):
+    def forward(self, x, cos, sin, context, wrap):
         """x (batch, time, width) -> the same shape, and the tokens' own keys and values."""
         q = self.heads(self.q_proj(x))  # (batch, time, heads, head_dim)
         k = self.heads(self.k_proj(x))  # (batch, time, groups, head_dim)
@@ -122,9 +122,9 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (batch, groups, time, head_dim)
         v = v.transpose(1, 2)  # (batch, groups, time, head_dim)
         if context is None:
-            out = causal_attention(q, k, v)
+            out = wrap(causal_attention, q, k, v)
         else:
-            out = context.attend(self.layer, q, k, v)
+            out = wrap(context.attend, self.layer, q, k, v)
         return self.o_proj(out.transpose(1, 2).flatten(2)), k, v
 
     def heads(self, x):
@@ -170,8 +170,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, context, wrap):
-        """wrap: `checkpointed` for the cheap parts, or `plain`."""
-        attended, k, v = self.self_attn(wrap(self.input_layernorm, x), cos, sin, context)
+        """wrap: `checkpointed` or `plain`, for what takes more memory than time."""
+        normed = wrap(self.input_layernorm, x)
+        attended, k, v = self.self_attn(normed, cos, sin, context, wrap)
         x = x + attended
         x = x + self.mlp(wrap(self.post_attention_layernorm, x), wrap)
         return x, k, v
@@ -180,7 +181,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token embeddings, blocks, a norm."""
 
-    recompute = False  # True: the backward pass computes whole layers again, not the cheap parts
+    recompute = "parts"  # what the backward pass computes again: "nothing", "parts" or "layers"
 
     def __init__(self, config):
         super().__init__()
@@ -199,11 +200,10 @@ class Decoder(nn.Module):
         x = self.embed_tokens(ids)
         cos, sin = rotary(self.config, positions, x.dtype)
         keys_values = []
+        of_layers = checkpointed if self.recompute == "layers" else plain
+        of_parts = checkpointed if self.recompute == "parts" else plain
         for layer in self.layers:
-            if self.recompute:
-                x, k, v = checkpointed(layer, x, cos, sin, context, plain)
-            else:
-                x, k, v = layer(x, cos, sin, context, checkpointed)
+            x, k, v = of_layers(layer, x, cos, sin, context, of_parts)
             keys_values.append((k, v))
         return self.norm(x), keys_values
 

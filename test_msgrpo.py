@@ -964,7 +964,7 @@ def golden_agent(name):
     return lm.LanguageAgent(model, tokenizer, "", temperature=1.3, max_new_tokens=5)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["nothing", "parts", "layers"])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_scores_are_those_of_whole_texts(name, recompute, monkeypatch):
     """Shared instructions, padding, equal answers: in value and gradient."""
@@ -986,7 +986,10 @@ def test_scores_are_those_of_whole_texts(name, recompute, monkeypatch):
     agent.model.model.recompute = recompute
     found = with_gradient(*agent.score(answers))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert (lm.Block in {type(one) for one in again}) == recompute
+    kinds = {type(one) for one in again}
+    assert (lm.Block in kinds) == (recompute == "layers")
+    assert (torch.nn.RMSNorm in kinds) == (recompute == "parts")
+    assert bool(again) == (recompute != "nothing")
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -1763,7 +1766,7 @@ def test_threads_and_recomputing_change_no_figure(found, monkeypatch):
     again = watch_checkpoints(monkeypatch)
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    assert found("--iterations 1 --recompute --threads 2") == expected
+    assert found("--iterations 1 --recompute layers --threads 2") == expected
     assert again
     assert threads == [2]
 

@@ -116,7 +116,11 @@ class Settings:
     device: str = setting(DEVICE, "Put the model there: cpu, cuda or cuda:N")
     threads: int = setting(torch.get_num_threads(), "Use X threads of the CPU", 1, 4096)
     micro_batch_tokens: int = setting(16384, "Take about X tokens in one pass", 1)
-    recompute: bool = setting(False, "Keep no activations: less memory, more time")
+    recompute: str = setting(
+        "parts",
+        "Compute this twice to save memory: layers needs least, nothing is fastest",
+        choices=("nothing", "parts", "layers"),
+    )
 
     def lake(self, desc, *key, scenario=None):
         """The game on one map, with this run's text and rewards; its luck follows from the key.
@@ -587,6 +591,7 @@ TINY = dict(  # what differs for a model that is born here, and why
     warmup_steps=200,
     dtype="float32",
     device="cpu",
+    recompute="nothing",  # a small model has memory enough
     threads=1,  # as fast as two where the machine is quiet, and faster beside other work
 )
 
@@ -1168,7 +1173,7 @@ def main(argv=None, agent_class=lm.LanguageAgent):
     except (RuntimeError, MemoryError) as error:
         if not lm.out_of_memory(error):
             raise
-        flags = "--micro-batch-tokens, or --recompute; then --groups and --eval-episodes"
+        flags = "--micro-batch-tokens, or --recompute layers; then --groups and --eval-episodes"
         return complain(f"out of memory: lower {flags}; see results/memory.py", 2)
 
 

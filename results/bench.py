@@ -165,7 +165,7 @@ class Theirs:
         missing = self.model.load_state_dict(model.state_dict(), strict=False)
         assert missing.missing_keys in ([], ["lm_head.weight"]), missing  # it may be tied
         assert missing.unexpected_keys == [], missing
-        if work["recompute"]:
+        if work["recompute"] == "layers":
             self.model.gradient_checkpointing_enable()
             self.model.train()  # else it is without effect; these models have no dropout
         self.model.get_input_embeddings().padding_idx = None  # else this row has no gradient
@@ -304,7 +304,7 @@ def compare(name, dtype, batch, states, args):
         "model": name,
         "checkpoint": args.checkpoint,
         "dtype": dtype,
-        "recompute": False,
+        "recompute": "parts",
         "threads": args.threads,
         "new": args.new,
         "prefix": list(tokenizer.prefix(lakes[0].instructions)),

@@ -9,8 +9,8 @@ a process of its own, with a limit of time: what one part loses, the others keep
 --out after each part, a table to the terminal. Raw output of two runs on an H100: results/gpu/.
 
 peaks    the device's best rate of matrix products, and of copying its memory
-recipe   three iterations at Qwen2.5-3B's shape as `train.py --think --recompute` runs them, with
-         random weights, whose answers all have 256 tokens: seconds by stage, and peak memory
+recipe   three iterations at Qwen2.5-3B's shape as `train.py --think --recompute layers` runs them,
+         with random weights, whose answers all have 256 tokens: seconds by stage, and peak memory
          beside what memory.py predicts
 bench    rollouts and updates beside transformers, as in bench.py, recomputing on both sides; the
          share of the matrix peak that updates reach, attention left out, and of the bandwidth that
@@ -142,13 +142,13 @@ def peaks(args):
 
 
 def recipe_settings(args):
-    """Those of `train.py --checkpoint 3B --think --recompute`.
+    """Those of `train.py --checkpoint 3B --think --recompute layers`.
 
     Random weights win nothing, so all advantages are 0. "uniform" draws as many episodes all the
     same, and the entropy bonus gives them a gradient.
     """
     settings = train.Settings(
-        think=True, recompute=True, sampling="uniform", dtype=args.dtype, device=args.device
+        think=True, recompute="layers", sampling="uniform", dtype=args.dtype, device=args.device
     )
     if args.smoke:
         settings = dataclasses.replace(settings, max_new_tokens=8, threads=1)
@@ -232,7 +232,7 @@ def make_work(args, shape, rows, new):
     words = bench.Words()
     lakes = list(itertools.islice(bench.played_lakes(np.random.default_rng(0)), rows))
     prompts = [tuple(words.suffix(lake.observation())) for lake in lakes]
-    work = {"recompute": True, "new": new, "prefix": words.prefix(lakes[0].instructions)}
+    work = {"recompute": "layers", "new": new, "prefix": words.prefix(lakes[0].instructions)}
     ours = bench.Ours(model, work)
     return ours, work, prompts, bench.make_answers(ours, prompts)
 

@@ -1,7 +1,7 @@
 """What a training run needs on each device, in GiB, from a config.json alone.
 
-    python results/memory.py results/configs/qwen2.5-3b.json --recompute --new 256     with --think
-    python results/memory.py results/configs/qwen2.5-3b.json --new 16                  without
+    python results/memory.py results/configs/qwen2.5-3b.json --recompute layers --new 256    --think
+    python results/memory.py results/configs/qwen2.5-3b.json --recompute layers --new 16     without
     python results/memory.py --check        small models, beside what they take on this CPU
 
 P parameters take float32 weights 4 P, gradients 4 P and Adam's moments 8 P, all divided by
@@ -52,9 +52,10 @@ FLAGS = {  # name: default and meaning
 }
 CHECKS = [  # slice: tokens of a table over the vocabulary
     {"hidden_size": 384, "num_hidden_layers": 4, "new": 16, "slice": 4096},
-    {"hidden_size": 384, "num_hidden_layers": 4, "new": 64, "slice": 256, "recompute": True},
+    {"hidden_size": 384, "num_hidden_layers": 4, "new": 64, "slice": 256, "recompute": "layers"},
     {"hidden_size": 256, "num_hidden_layers": 8, "new": 64, "slice": 256},
-    {"hidden_size": 256, "num_hidden_layers": 8, "new": 128, "slice": 512, "recompute": True},
+    {"hidden_size": 256, "num_hidden_layers": 8, "new": 64, "slice": 256, "recompute": "nothing"},
+    {"hidden_size": 256, "num_hidden_layers": 8, "new": 128, "slice": 512, "recompute": "layers"},
 ]
 
 
@@ -81,15 +82,19 @@ def update(c, args):
     # What a layer keeps of a token: both norms' inputs and outputs; attention's output as o_proj
     # wants it; gate and up. Of a text's token: queries and attention's output
     of_token = 4 * c.hidden_size + q + 2 * c.intermediate_size
-    layer = tokens * of_token + (args.shared + in_texts) * 2 * q + slots * 2 * kv
-    # Gradients in a layer's backward pass: of product, silu and up; of what goes in and comes out;
-    # silu and product, which are computed again
-    backward = tokens * (5 * c.intermediate_size + 2 * c.hidden_size)
-    if args.recompute:
+    gathered = (args.shared + in_texts) * 2 * q + slots * 2 * kv
+    inner = 2 * c.hidden_size + 2 * c.intermediate_size  # within the norms; silu, and product
+    # Gradients in a layer's backward pass: of product, silu and up; of what goes in and comes out
+    backward = tokens * (3 * c.intermediate_size + 2 * c.hidden_size)
+    if args.recompute == "layers":
         kept = c.num_hidden_layers * tokens * c.hidden_size
-        backward += layer + tokens * 2 * c.hidden_size  # the norms' inner results too
+        backward += tokens * (of_token + inner) + gathered
+    elif args.recompute == "parts":  # queries, keys and values, not what is gathered of them
+        kept = c.num_hidden_layers * tokens * (of_token + q + 2 * kv)
+        in_attention = 2 * gathered + tokens * (q + 2 * kv)
+        backward = max(backward + tokens * inner, in_attention)
     else:
-        kept = c.num_hidden_layers * layer
+        kept = c.num_hidden_layers * (tokens * (of_token + inner) + gathered)
     kept += 3 * tokens * c.hidden_size  # the last norm
 
     head = c.vocab_size * c.hidden_size  # its gradient in the numbers of the pass
@@ -165,7 +170,7 @@ def check_case(case, args):
     """One case of `check`: its small model and its sizes."""
     args.dtype = "float32"
     args.size = 4
-    args.recompute = case.get("recompute", False)
+    args.recompute = case.get("recompute", "parts")
     args.new = case["new"]
     args.episodes = 8
     args.eval_episodes = 8
@@ -203,7 +208,8 @@ def main():
     for name, (default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--recompute", action="store_true", help="as in train.py")
+    choices = ("nothing", "parts", "layers")
+    parser.add_argument("--recompute", choices=choices, default="parts", help="as in train.py")
     parser.add_argument("--check", action="store_true", help="measure small models; Linux alone")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
