@@ -66,6 +66,18 @@ def render(tiles, columns, state):
     return "\n".join(rows)
 
 
+@functools.cache
+def neighbours(rows, columns):
+    """The state that each move leads to, (action, state). The border stops a move."""
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    targets = []
+    for down, right in MOVES:
+        to_row = (row + down).clip(0, rows - 1)
+        to_column = (column + right).clip(0, columns - 1)
+        targets.append(to_row * columns + to_column)
+    return np.stack(targets)
+
+
 class FrozenLake:
     """One episode of the game on one map.
 
@@ -99,6 +111,7 @@ class FrozenLake:
         self.tiles = tiles
         self.rows = len(desc)
         self.columns = len(desc[0])
+        self.neighbours = neighbours(self.rows, self.columns)  # (action, state)
         self.success_rate = success_rate
         self.max_steps = max_steps
         self.rng = rng or np.random.default_rng()
@@ -121,18 +134,10 @@ class FrozenLake:
             turns = [(1.0, 0)]
         outcomes = []
         for probability, turn in turns:
-            target = self.neighbour(state, (action + turn) % 4)  # turned by 90 degrees
+            target = int(self.neighbours[(action + turn) % 4, state])  # turned by 90 degrees
             tile = self.tiles[target]
             outcomes.append((probability, target, float(tile == "G"), tile in "GH"))
         return outcomes
-
-    def neighbour(self, state, action):
-        """The state that a move leads to; the border stops it."""
-        row, column = divmod(state, self.columns)
-        down, right = MOVES[action]
-        row = min(max(row + down, 0), self.rows - 1)
-        column = min(max(column + right, 0), self.columns - 1)
-        return row * self.columns + column
 
     def step(self, text):
         """Play an answer: (reward, done, valid). One draw decides where a valid move ends."""
@@ -181,18 +186,17 @@ class FrozenLake:
 
 
 def distances(desc):
-    """{(row, column): moves from there to the goal, around holes}, of all tiles that lead there."""
-    size = len(desc)
-    goal = next((i, row.index("G")) for i, row in enumerate(desc) if "G" in row)
+    """{state: moves from there to the goal, around holes}, of all states that lead there."""
+    tiles = "".join(desc)
+    onward = neighbours(len(desc), len(desc[0])).T.tolist()
+    goal = tiles.index("G")
     moves = {goal: 0}
     frontier = [goal]
-    for row, column in frontier:  # it grows meanwhile
-        for down, right in MOVES:
-            place = (row + down, column + right)
-            inside = 0 <= place[0] < size and 0 <= place[1] < size
-            if inside and place not in moves and desc[place[0]][place[1]] != "H":
-                moves[place] = moves[row, column] + 1
-                frontier.append(place)
+    for state in frontier:  # it grows meanwhile
+        for target in onward[state]:
+            if target not in moves and tiles[target] != "H":
+                moves[target] = moves[state] + 1
+                frontier.append(target)
     return moves
 
 
@@ -205,11 +209,11 @@ def random_map(size, p, rng):
     if size < 2 or not 0 < p <= 1:
         raise ValueError(f"a random map needs size >= 2 and 0 < p <= 1, not size {size} and p {p}")
     for _ in range(100_000):
-        tiles = np.where(rng.random((size, size)) < p, "F", "H")
-        tiles[0, 0] = "S"
-        tiles[-1, -1] = "G"
-        desc = ["".join(row) for row in tiles]
-        if (0, 0) in distances(desc):
+        tiles = np.where(rng.random(size * size) < p, "F", "H")
+        tiles[0] = "S"
+        tiles[-1] = "G"
+        desc = as_rows(tiles, size)
+        if 0 in distances(desc):
             return desc
     raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
 
@@ -220,19 +224,26 @@ def random_maze(size, p, rng, hard=0.0):
     From such a tile the way to the goal is at least four moves longer than without holes. A share
     `hard` of the mazes start on one of them, the others on any tile that leads to the goal.
     """
+    row, column = np.divmod(np.arange(size * size), size)
     while True:
-        tiles = np.where(rng.random((size, size)) < p, "F", "H")
-        goal = tuple(rng.integers(size, size=2).tolist())
-        tiles[goal] = "G"
-        moves = distances(["".join(row) for row in tiles])
+        tiles = np.where(rng.random(size * size) < p, "F", "H")
+        goal_row, goal_column = rng.integers(size, size=2)
+        tiles[goal_row * size + goal_column] = "G"
+        straight = abs(row - goal_row) + abs(column - goal_column)
+        moves = distances(as_rows(tiles, size))
         starts = list(moves)[1:]  # the first is the goal
-        straight = {place: abs(place[0] - goal[0]) + abs(place[1] - goal[1]) for place in starts}
-        detours = [place for place in starts if moves[place] - straight[place] >= 4]
+        detours = [state for state in starts if moves[state] - straight[state] >= 4]
         if detours:
             if rng.random() < hard:
                 starts = detours
             tiles[starts[rng.integers(len(starts))]] = "S"
-            return ["".join(row) for row in tiles]
+            return as_rows(tiles, size)
+
+
+def as_rows(tiles, columns):
+    """A map's tiles as its rows."""
+    text = "".join(tiles)
+    return [text[i : i + columns] for i in range(0, len(text), columns)]
 
 
 def is_held_out(desc):
@@ -266,9 +277,8 @@ def held_out_maps(scenario):
     """Every held-out map of a 4x4 scenario, and each one's share of the generator's probability."""
     maps = []
     for inner in itertools.product("FH", repeat=14):
-        tiles = "S" + "".join(inner) + "G"
-        desc = [tiles[i : i + 4] for i in range(0, 16, 4)]
-        if is_held_out(desc) and (0, 0) in distances(desc):
+        desc = as_rows(["S", *inner, "G"], 4)
+        if is_held_out(desc) and 0 in distances(desc):
             maps.append(desc)
     holes = np.array(["".join(desc).count("H") for desc in maps])
     weights = scenario.p ** (14 - holes) * (1 - scenario.p) ** holes
@@ -293,20 +303,18 @@ def baselines(lake):
             kernel[action, state, target] += probability
     goal = np.array([tile == "G" for tile in lake.tiles], float)
     alive = np.array([tile in "SF" for tile in lake.tiles], float)
-
-    def success(choose):
-        """choose: of the values of actions (action, state), the values of states."""
-        values = np.zeros(states)
-        for _ in range(lake.max_steps):
-            values = choose(kernel @ (goal + alive * values))
-        return float(values[lake.tiles.index("S")])
-
-    found = {"random": success(lambda of_actions: of_actions.mean(0))}
+    policies = {"random": np.full((4, states), 1 / 4)}  # pi(a|s)
     for sight in (1, 2, 3):
-        moves = (reflex(lake, sight), np.arange(states))
-        found[f"reflex{sight}"] = success(lambda of_actions, moves=moves: of_actions[moves])
-    found["optimal"] = success(lambda of_actions: of_actions.max(0))
-    return found
+        policies[f"reflex{sight}"] = np.eye(4)[:, reflex(lake, sight)]
+    policies["optimal"] = np.zeros((4, states))  # it takes the best action instead
+    stacked = np.stack([*policies.values()])  # (player, action, state)
+    values = np.zeros((len(stacked), states))
+    for _ in range(lake.max_steps):
+        worth = goal + alive * values
+        of_actions = (kernel @ worth.T).transpose(2, 0, 1)  # (player, action, state)
+        values = (stacked * of_actions).sum(1)
+        values[-1] = of_actions[-1].max(0)
+    return dict(zip(policies, values[:, lake.tiles.index("S")].tolist()))
 
 
 def reflex(lake, sight):
@@ -314,27 +322,31 @@ def reflex(lake, sight):
 
     Where none can, it is the last that leads nearer, holes or not.
     """
-    actions = []
-    for state in range(len(lake.tiles)):
-        nearer = nearer_moves(lake, state)
-        good = [a for a in nearer if walkable(lake, lake.neighbour(state, a), sight)]
-        actions.append((good or nearer[-1:] or [0])[0])
+    nearer = nearer_moves(lake)
+    good = nearer & walkable(lake, sight)[lake.neighbours]
+    order = (1, 3, 0, 2)  # up or down first, then sideways
+    actions = np.zeros(len(lake.tiles), int)
+    for action in order:
+        actions[nearer[action]] = action
+    for action in reversed(order):
+        actions[good[action]] = action
     return actions
 
 
-def nearer_moves(lake, state):
-    """The actions that lead nearer to the goal, holes or not: up or down first, then sideways."""
-    row, column = divmod(state, lake.columns)
-    goal_row, goal_column = divmod(lake.tiles.index("G"), lake.columns)
-    gains = (column - goal_column, goal_row - row, goal_column - column, row - goal_row)
-    return [action for action in (1, 3, 0, 2) if gains[action] > 0]
+def nearer_moves(lake):
+    """(action, state): does the move lead nearer to the goal, holes or not?"""
+    row, column = np.divmod(np.arange(len(lake.tiles)), lake.columns)
+    goal = lake.tiles.index("G")
+    distance = abs(row - row[goal]) + abs(column - column[goal])
+    return distance[lake.neighbours] < distance
 
 
-def walkable(lake, state, sight):
-    """Can one walk on this cell, and on from it, nearer to the goal, over `sight` cells in all?"""
-    if lake.tiles[state] == "H":
-        return False
-    if lake.tiles[state] == "G" or sight == 1:
-        return True
-    onward = [lake.neighbour(state, action) for action in nearer_moves(lake, state)]
-    return any(walkable(lake, target, sight - 1) for target in onward)
+def walkable(lake, sight):
+    """(state,): can one walk on it, and on from it, nearer to the goal, over `sight` cells?"""
+    tiles = np.array(list(lake.tiles))
+    nearer = nearer_moves(lake)
+    found = tiles != "H"
+    for _ in range(sight - 1):
+        onward = (nearer & found[lake.neighbours]).any(0)
+        found = (tiles == "G") | (tiles != "H") & onward
+    return found

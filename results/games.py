@@ -129,8 +129,7 @@ def is_held_out(desc):
 
 def distance(desc):
     """Moves from start to goal past the holes; 0 where there is no way."""
-    start = divmod("".join(desc).index("S"), SIZE)
-    return frozenlake.distances(desc).get(start, 0)
+    return frozenlake.distances(desc).get("".join(desc).index("S"), 0)
 
 
 def make_lake(desc, rng, kind=FrozenLake, success_rate=1.0):
@@ -187,7 +186,7 @@ def features(lake, state):
     compass = 3 * (np.sign(goal_row - row) + 1) + np.sign(goal_column - column) + 1
     blocked = 0
     for action in range(4):
-        target = lake.neighbour(state, action)
+        target = int(lake.neighbours[action, state])
         shut = target == state or lake.tiles[target] == "H"
         blocked += shut << action
     return int(16 * compass + blocked)

@@ -19,7 +19,7 @@ import numpy as np
 
 import frozenlake
 import train
-from frozenlake import SCENARIOS, FrozenLake, nearer_moves, walkable
+from frozenlake import SCENARIOS, FrozenLake
 
 BOARDS = 1000  # of a column, but all 503 of noslip
 
@@ -27,27 +27,38 @@ BOARDS = 1000  # of a column, but all 503 of noslip
 # Reflexes
 
 
+UP_OR_DOWN_FIRST = (1, 3, 0, 2)
+
+
+def free_moves(lake, state, moves, sight):
+    """Those of the moves from whose target `sight` cells can be walked."""
+    walkable = frozenlake.walkable(lake, sight)
+    return [move for move in moves if walkable[lake.neighbours[move, state]]]
+
+
+def moves_nearer(lake, state, order=UP_OR_DOWN_FIRST):
+    nearer = frozenlake.nearer_moves(lake)
+    return [move for move in order if nearer[move, state]]
+
+
 def plain(lake, state, moves, sight):
-    for move in moves:
-        if walkable(lake, lake.neighbour(state, move), sight):
-            return move
-    return moves[-1]
+    return (free_moves(lake, state, moves, sight) or moves[-1:])[0]
 
 
 def sidesteps(lake, state, moves, sight):
     for cells in range(sight, 0, -1):
-        for move in moves:
-            if walkable(lake, lake.neighbour(state, move), cells):
-                return move
-    away = []
-    for move in range(4):
-        target = lake.neighbour(state, move)
-        if move not in moves and target != state and lake.tiles[target] != "H":
-            away.append(move)
+        free = free_moves(lake, state, moves, cells)
+        if free:
+            return free[0]
+    away = [
+        move
+        for move in free_moves(lake, state, range(4), 1)
+        if move not in moves and lake.neighbours[move, state] != state
+    ]
     for move in away:  # by preference to where a move nearer is free, and does not lead back
-        place = lake.neighbour(state, move)
-        onward = [lake.neighbour(place, next_move) for next_move in nearer_moves(lake, place)]
-        if any(lake.tiles[target] != "H" and target != state for target in onward):
+        place = lake.neighbours[move, state]
+        onward = free_moves(lake, place, moves_nearer(lake, place), 1)
+        if any(lake.neighbours[next_move, place] != state for next_move in onward):
             return move
     return away[0] if away else 0
 
@@ -70,9 +81,8 @@ def reflex_moves(lake, reflex, sight, sideways):
     """The move of each state."""
     chosen = []
     for state, tile in enumerate(lake.tiles):
-        moves = nearer_moves(lake, state)
-        if sideways:
-            moves = moves[::-1]
+        order = UP_OR_DOWN_FIRST[::-1] if sideways else UP_OR_DOWN_FIRST
+        moves = moves_nearer(lake, state, order)
         is_over = tile in "GH"
         chosen.append(0 if is_over else reflex(lake, state, moves, sight))
     return chosen
@@ -87,7 +97,7 @@ def value(lake, combine):
     combine: of the values of actions (states, 4), those of states (states,), by a player's choice.
     """
     states = len(lake.tiles)
-    targets = np.array([[lake.neighbour(state, a) for a in range(4)] for state in range(states)])
+    targets = lake.neighbours.T
     goal = np.array([tile == "G" for tile in lake.tiles], float)
     alive = np.array([tile in "SF" for tile in lake.tiles], float)
     values = np.zeros(states)
@@ -145,9 +155,9 @@ def report():
 
 def needs_detour(desc):
     """Is the way at least four moves longer than without holes?"""
-    size = len(desc)
-    start, goal = (divmod("".join(desc).index(tile), size) for tile in "SG")
-    straight = abs(start[0] - goal[0]) + abs(start[1] - goal[1])
+    start = "".join(desc).index("S")
+    without_holes = [row.replace("H", "F") for row in desc]
+    straight = frozenlake.distances(without_holes)[start]
     return frozenlake.distances(desc)[start] - straight >= 4
 
 
