@@ -113,6 +113,7 @@ class FrozenLake:
         self.columns = len(desc[0])
         self.neighbours = neighbours(self.rows, self.columns)  # (action, state)
         self.success_rate = success_rate
+        self.side_rate = (1 - success_rate) / 2
         self.max_steps = max_steps
         self.rng = rng or np.random.default_rng()
         self.invalid_penalty = invalid_penalty
@@ -128,8 +129,7 @@ class FrozenLake:
         """
         if self.tiles[state] in "GH":
             return [(1.0, state, 0.0, True)]
-        side = (1 - self.success_rate) / 2
-        turns = [(side, -1), (self.success_rate, 0), (side, 1)]
+        turns = [(self.side_rate, -1), (self.success_rate, 0), (self.side_rate, 1)]
         if self.success_rate == 1:
             turns = [(1.0, 0)]
         outcomes = []
@@ -161,10 +161,9 @@ class FrozenLake:
         if self.success_rate == 1:
             ice = "not slippery: you move as you choose."
         else:
-            side = (1 - self.success_rate) / 2
             ice = (
                 f"slippery: you move as you choose with probability {self.success_rate:.2f}, "
-                f"and to either side of it with probability {side:.2f} each."
+                f"and to either side of it with probability {self.side_rate:.2f} each."
             )
         thoughts = "<think>your thoughts</think><plan>your plan</plan>" if self.think else ""
         return (

@@ -400,9 +400,8 @@ class LanguageAgent:
     def generate(self, observations, uniforms):
         """An answer to each observation; uniforms (observations, max_new_tokens), None: greedy."""
         prompts = [self.encode(state) for state in observations]
-        distinct = list(dict.fromkeys(prompts))
-        row_of = {prompt: row for row, prompt in enumerate(distinct)}
-        rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
+        distinct, rows = unique(prompts)
+        rows = torch.tensor(rows, device=self.device)
         table, keys_values, slots, lengths = self.read_prompts(distinct)
         table = table[rows]  # from here on a row for each answer
 
@@ -411,6 +410,7 @@ class LanguageAgent:
         in_batch = torch.arange(len(prompts), device=self.device)  # answers in the batch
         unfinished = torch.ones_like(in_batch, dtype=torch.bool)  # those that have not ended
         cache = None
+        step = None
         for t in range(self.max_new_tokens):
             token = sample(table, None if uniforms is None else uniforms[in_batch, t])
             tokens[in_batch, t] = torch.where(unfinished, token, -1)
@@ -419,16 +419,16 @@ class LanguageAgent:
             count = int(unfinished.sum())
             if t + 1 == self.max_new_tokens or count == 0:
                 break
-            if cache is None or self.should_shrink(count, len(in_batch)):
+            if cache is None:
+                cache = Cache(keys_values, slots[rows], lengths[rows], self.max_new_tokens)
+            if self.should_shrink(count, len(in_batch)):
                 kept = unfinished.nonzero()[:, 0]
                 token = token[kept]
                 in_batch = in_batch[kept]
                 unfinished = unfinished[kept]
-                if cache is None:
-                    rows = rows[kept]
-                    cache = Cache(keys_values, slots[rows], lengths[rows], self.max_new_tokens)
-                else:
-                    cache.take(kept)
+                cache.take(kept)
+                step = None
+            if step is None:
                 step = capture(self.read_token, token, cache) if self.captures else self.read_token
             table = step(token, cache)
         return self.answers(prompts, tokens.tolist(), logprobs.tolist())
@@ -464,7 +464,7 @@ class LanguageAgent:
 
     def score(self, answers):
         """As msgrpo.Policy says: the numbers that `act` gave, up to rounding, with gradient."""
-        pairs = list(dict.fromkeys((answer.prompt, answer.response) for answer in answers))
+        pairs, rows = unique([(answer.prompt, answer.response) for answer in answers])
         # texts     p0 p1 p2 r0 r1    prompt and response, but for the last token
         # targets   -1 -1 r0 r1 r2    what is predicted behind each token; -1 does not count
         texts = [prompt + response[:-1] for prompt, response in pairs]
@@ -477,10 +477,14 @@ class LanguageAgent:
         logprobs, entropies = self.model.token_logprobs(
             x, targets[is_response], self.tokenizer.size, self.temperature
         )
-        row_of = {pair: row for row, pair in enumerate(pairs)}
-        rows = [row_of[answer.prompt, answer.response] for answer in answers]
         lengths = [len(response) for _, response in pairs]
         return pick(logprobs.split(lengths), rows), pick(entropies.split(lengths), rows)
+
+
+def unique(items):
+    """The distinct items, and the row of each item among them."""
+    row_of = {item: row for row, item in enumerate(dict.fromkeys(items))}
+    return list(row_of), [row_of[item] for item in items]
 
 
 def pick(parts, order):
@@ -515,7 +519,9 @@ class Tree:
         ids = instructions + [token for _, token in nodes]
         paths = pad(paths, 0)  # (texts, longest)
         flat = [node for path in paths for node in path]
-        place_of = {node: place for place, node in enumerate(flat)}
+        place_of = {}  # the first of a node's places: further ones may be padding
+        for place, node in enumerate(flat):
+            place_of.setdefault(node, place)
         places = [place_of[node] for node in nodes.values()]
 
         self.ids = torch.tensor([ids], device=device)

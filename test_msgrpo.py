@@ -993,6 +993,15 @@ def test_scores_are_those_of_whole_texts(name, recompute, monkeypatch):
     assert bool(again) == (recompute != "nothing")
 
 
+def test_there_may_be_no_instructions():
+    """Then padding, which is 0, is the number of a token as well."""
+    agent = golden_agent("qwen3")
+    agent.instructions = []
+    answers = [Answer(GOLDEN_PROMPTS[state], (1, 2)) for state in "cab"]
+    found = agent.score(answers)
+    torch.testing.assert_close(found, slow_scores(agent.model, [], answers, 25, 1.3))
+
+
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_answers_are_those_of_a_loop_without_cache(name, greedy):
@@ -1790,7 +1799,7 @@ REFUSALS = {  # use: a word of the message
     "--tiny --gamma 2": "gamma",
     "--tiny --gamma nan": "gamma",
     "--tiny --max-gap inf": "max-gap",
-    "--tiny --groups 0": "0 is not at least 1",
+    "--tiny --groups 0": "--groups is 0, not at least 1",
     "--tiny --threads 100000000000": "threads",
     "--tiny --sampling best": "sampling",
     "--tiny --iterations x": "iterations",
@@ -1818,6 +1827,7 @@ REFUSALS = {  # use: a word of the message
     "--resume CUT_STATE": "state.pt",
     "--eval CUT_STATE": "state.pt",
     "--resume CUT_SETTINGS": "settings.json",
+    "--resume WRONG_SETTINGS": "settings.json: --recompute is True, not one of nothing, parts",
     "--eval CUT_MODEL": "model.safetensors",
     "--play CUT_MODEL": "model.safetensors",
     "--checkpoint CUT_MODEL": "model.safetensors",
@@ -1832,12 +1842,13 @@ def cut(path):
 def homes(warm, tmp_path_factory):
     """A run, and what is broken or no run at all."""
     home = tmp_path_factory.mktemp("homes")
-    for name in ("RUN", "CUT_STATE", "CUT_SETTINGS"):
+    for name in ("RUN", "CUT_STATE", "CUT_SETTINGS", "WRONG_SETTINGS"):
         shutil.copytree(warm, home / name)
     shutil.copytree(warm / "model", home / "CUT_MODEL")
     cut(home / "CUT_STATE/state.pt")
     cut(home / "CUT_MODEL/model.safetensors")
     cut(home / "CUT_SETTINGS/settings.json")
+    edit(home / "WRONG_SETTINGS/settings.json", recompute=True)  # as older runs have it
     (home / "EMPTY").mkdir()
     shutil.copytree(warm, home / "BARE")
     (home / "BARE/state.pt").unlink()
@@ -1877,7 +1888,7 @@ def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "run", run)
     assert command("--tiny") == 2
-    assert "lower --micro-batch-tokens" in capsys.readouterr().err
+    assert "less --micro-batch-tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mistake", [lambda *_: torch.zeros(2).view(3), lambda *_: int("x")])

@@ -501,9 +501,7 @@ class Learner:
 
     def agent(self, model, instructions):
         s = self.settings
-        tokens = s.max_new_tokens
-        if not tokens:
-            tokens = 256 if s.think else 16
+        tokens = s.max_new_tokens or (256 if s.think else 16)
         return self.agent_class(model, self.tokenizer, instructions, s.temperature, tokens, s.think)
 
     def update(self, rate):
@@ -1016,23 +1014,23 @@ def make_parser():
         elif f.type is str:
             group.add_argument(flag, choices=f.metadata["choices"], help=text)
         else:
-            in_range = number(f.type, *f.metadata["range"])
-            group.add_argument(flag, type=in_range, metavar="X", help=text)
+            group.add_argument(flag, type=f.type, metavar="X", help=text)
     return parser
 
 
-def number(kind, low, high):
-    """A function that reads a number from low to high; inf and nan are none."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
+def checked(settings):
+    """These settings. Refuses a value that is out of its range or none of its choices."""
+    for f in fields(Settings):
+        value = getattr(settings, f.name)
+        flag = f"--{f.name.replace('_', '-')}"
+        choices = f.metadata["choices"]
+        if choices:
+            lm.ensure(value in choices, f"{flag} is {value!r}, not one of {', '.join(choices)}")
+        if f.type in (int, float):
+            low, high = f.metadata["range"]
             limits = f"at least {low}" if high == 1e18 else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
-        return value
-
-    parse.__name__ = kind.__name__  # for argparse's message
-    return parse
+            lm.ensure(low <= value <= high, f"{flag} is {value}, not {limits}")
+    return settings
 
 
 def run(argv, agent_class):
@@ -1065,15 +1063,15 @@ def read_settings(mode, folder, given):
     """The settings of a command: a run's own or the defaults, and what is given in their place."""
     path = folder / "settings.json"
     if mode == "tiny":
-        return Settings(**TINY | given)
+        return checked(Settings(**TINY | given))
     if mode == "checkpoint":
         lm.ensure("layers" not in given, "--layers goes with --tiny: a checkpoint has its own")
-        return Settings(**given, checkpoint=str(folder.resolve()))
+        return checked(Settings(**given, checkpoint=str(folder.resolve())))
     if path.exists():
         with lm.blaming(path):
-            return Settings(**lm.parse_json(path.read_bytes()) | given)
+            return checked(Settings(**lm.parse_json(path.read_bytes()) | given))
     lm.ensure(mode != "resume", f"{folder} is no run: there is no settings.json in it")
-    return Settings(**given)
+    return checked(Settings(**given))
 
 
 def load_model(mode, folder, settings):
@@ -1173,8 +1171,8 @@ def main(argv=None, agent_class=lm.LanguageAgent):
     except (RuntimeError, MemoryError) as error:
         if not lm.out_of_memory(error):
             raise
-        flags = "--micro-batch-tokens, or --recompute layers; then --groups and --eval-episodes"
-        return complain(f"out of memory: lower {flags}; see results/memory.py", 2)
+        flags = "give --recompute layers, or less --micro-batch-tokens, --groups, --eval-episodes"
+        return complain(f"out of memory: {flags}; see results/memory.py", 2)
 
 
 def complain(reason, status):

@@ -216,6 +216,8 @@ def main():
     args = parser.parse_args()
     folders = [args.untrained, args.trained]
     players = [load(folder) for folder in folders]
+    if any(settings.scenario != "noslip" for settings, _ in players):
+        parser.error("it draws runs of the scenario noslip alone")
     rng = train.generator(args.seed)
     scenario = frozenlake.SCENARIOS["noslip"]
     maps = [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(args.lakes)]

@@ -7,6 +7,7 @@ updates, medians of five, the two commits in turns; and the peak memory of an up
 there before it, in a process of its own. A JSON line per case.
 """
 
+import argparse
 import itertools
 import json
 import statistics
@@ -84,8 +85,17 @@ def compare(homes, directory):
     return {what: [old, new, new / old] for what, (old, new) in found.items()}
 
 
-def main(old):
-    sys.path.insert(0, str(HERE))
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("old", type=Path, help="a checkout of commit 3743012")
+    parser.add_argument("work", type=Path, nargs="?", help=argparse.SUPPRESS)  # for a worker
+    args = parser.parse_args()
+    if args.work:
+        worker(str(args.old), args.work)
+        return
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
     import bench
     import numpy as np
 
@@ -101,12 +111,10 @@ def main(old):
             work = {"prefix": words.prefix(some[0].instructions), "prompts": prompts}
             (directory / "work.json").write_text(json.dumps(work | {"responses": responses}))
             print(
-                json.dumps({"states": states} | compare([old, HERE.parent], directory)), flush=True
+                json.dumps({"states": states} | compare([args.old, HERE.parent], directory)),
+                flush=True,
             )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        worker(sys.argv[1], Path(sys.argv[2]))
-    else:
-        main(sys.argv[1])
+    main()

@@ -79,7 +79,9 @@ def make_model(name, checkpoint):
     if name == "tiny":
         return train.tiny_start(train.Settings(**train.TINY))
     if checkpoint:
-        return lm.load_pretrained(checkpoint)
+        model, tokenizer = lm.load_pretrained(checkpoint)
+        lm.ensure(tokenizer, f"{checkpoint} has no tokenizer.json")
+        return model, tokenizer
     config = lm.parse_config((RESULTS / f"configs/{name}.json").read_bytes())
     return random_model(config), Words()
 

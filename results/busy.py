@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "tiny" / "busy.jsonl"
 RUN = ["--tiny", "--iterations", "5", "--eval-episodes", "5"]
-SETTINGS = {"default": [], "--threads 2": ["--threads", "2"]}
+SETTINGS = {"--threads 1": ["--threads", "1"], "--threads 2": ["--threads", "2"]}
 
 
 def seconds_of(flags, neighbours):

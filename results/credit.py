@@ -119,7 +119,6 @@ KEY_GAMES = ("key 5", "key 10", "key 20", "key 40")
 MAIN_GAMES = (*KEY_GAMES, "coin lake")
 OTHER_GAMES = ("lake", "slippery", "cost")
 TUNED_ON = {"key 5": "key 10", "slippery": "lake", "cost": "lake"}
-STAND_IN = {"key 40": "key 20"}  # for the report, as long as a game's own tuning is incomplete
 
 
 def tokenizer():
@@ -628,7 +627,7 @@ def main():
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs side by side")
     parser.add_argument("--report", action="store_true", help="table and figures alone")
     options = parser.parse_args()
-    if importlib.util.find_spec("matplotlib") is None:
+    if options.report and importlib.util.find_spec("matplotlib") is None:
         parser.error("the report needs matplotlib: pip install matplotlib")
     if not options.report:
         for games, arms, seeds in ORDER:

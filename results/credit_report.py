@@ -97,8 +97,7 @@ def tuned(runs, game, arm):
 
 def reported(runs, family, game, arm):
     """{seed: row} of an arm's reported runs with its tuned settings."""
-    stand_in = credit.STAND_IN.get(game, game)
-    pair = tuned(runs, game, arm) or tuned(runs, stand_in, arm)
+    pair = tuned(runs, game, arm)
     if pair is None:
         return {}
     jobs = [credit.Job(game, arm, seed, *pair) for seed in family.seeds]
@@ -148,14 +147,8 @@ def family_table(runs, family):
     comparisons = {name: compare(runs, family, measure) for name, measure in MEASURES.items()}
     lines = [f"## {family.title}, against `{family.reference}`", ""]
     for game in family.games:
-        stand_in = credit.STAND_IN.get(game)
-        note = (
-            f" (an arm not yet tuned here has its settings of {stand_in}, and no verdict)"
-            if stand_in
-            else ""
-        )
         lines += [
-            f"**{game}**{note}",
+            f"**{game}**",
             "",
             "| arm | rate, entropy | n | area | final | return | "
             "area less reference's | verdicts: area, final, return |",
@@ -312,7 +305,6 @@ def plot_curves(runs):
 def write():
     runs = credit.read_runs()
     lines = ["# Credit study: all figures", "", "Made by `python results/credit.py --report`.", ""]
-    lines += ["As long as runs are missing (the last section), verdicts are provisional.", ""]
     for family in FAMILIES:
         lines += family_table(runs, family)
     lines += thrift_table(runs)

@@ -1,12 +1,12 @@
 """One command for a bare machine with a GPU: does full scale fit, and how fast is it?
 
     python results/gpu.py                            about six minutes on one GPU
-    python results/gpu.py --checkpoint DIR           also trains this model until it wins
+    python results/gpu.py --checkpoint DIR           also trains this model for some minutes
     python results/gpu.py --device cpu --smoke       the same code at a small shape
 
 It needs torch, transformers, numpy, tiktoken, jinja2 and pytest, and no network. Each part runs in
 a process of its own, with a limit of time: what one part loses, the others keep. JSON lines go to
---out after each part, a table to the terminal. Raw output of two runs on an H100: results/gpu/.
+--out after each part, a table to the terminal. Raw output of three runs on an H100: results/gpu/.
 
 peaks    the device's best rate of matrix products, and of copying its memory
 recipe   three iterations at Qwen2.5-3B's shape as `train.py --think --recompute layers` runs them,
@@ -300,8 +300,8 @@ def profile(args):
 
 def make_step(agent, prompts):
     """A call that runs one step of sampling again and again; reports the seconds of a capture."""
-    distinct = list(dict.fromkeys(prompts))
-    rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=agent.device)
+    distinct, rows = lm.unique(prompts)
+    rows = torch.tensor(rows, device=agent.device)
     table, keys_values, slots, lengths = agent.read_prompts(distinct)
     cache = lm.Cache(keys_values, slots[rows], lengths[rows], agent.max_new_tokens)
     token = lm.sample(table[rows], None)
@@ -493,7 +493,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default=train.DEVICE, help="cuda or cpu")
+    parser.add_argument("--device", default=train.DEVICE, choices=("cuda", "cpu"))
     parser.add_argument("--smoke", action="store_true", help="a small shape, to try the script")
     parser.add_argument("--checkpoint", help="a small instruct model's folder")
     parser.add_argument("--parts", nargs="+", help=f"of {', '.join(LIMITS)}; default: all")

@@ -30,35 +30,43 @@ BOARDS = 1000  # of a column, but all 503 of noslip
 UP_OR_DOWN_FIRST = (1, 3, 0, 2)
 
 
-def free_moves(lake, state, moves, sight):
-    """Those of the moves from whose target `sight` cells can be walked."""
-    walkable = frozenlake.walkable(lake, sight)
-    return [move for move in moves if walkable[lake.neighbours[move, state]]]
+class View:
+    """What the reflexes see of a lake, whole: arrays over its states."""
+
+    def __init__(self, lake, order):
+        self.order = order  # of the moves nearer to the goal
+        self.neighbours = lake.neighbours  # (move, state)
+        self.nearer = frozenlake.nearer_moves(lake)  # (move, state)
+        self.walkable = [None] + [frozenlake.walkable(lake, sight) for sight in (1, 2, 3)]
+
+    def moves_nearer(self, state):
+        return [move for move in self.order if self.nearer[move, state]]
+
+    def free(self, state, moves, sight):
+        """Those of the moves from whose target `sight` cells can be walked."""
+        return [move for move in moves if self.walkable[sight][self.neighbours[move, state]]]
 
 
-def moves_nearer(lake, state, order=UP_OR_DOWN_FIRST):
-    nearer = frozenlake.nearer_moves(lake)
-    return [move for move in order if nearer[move, state]]
+def plain(view, state, sight):
+    moves = view.moves_nearer(state)
+    return (view.free(state, moves, sight) or moves[-1:])[0]
 
 
-def plain(lake, state, moves, sight):
-    return (free_moves(lake, state, moves, sight) or moves[-1:])[0]
-
-
-def sidesteps(lake, state, moves, sight):
+def sidesteps(view, state, sight):
+    moves = view.moves_nearer(state)
     for cells in range(sight, 0, -1):
-        free = free_moves(lake, state, moves, cells)
+        free = view.free(state, moves, cells)
         if free:
             return free[0]
     away = [
         move
-        for move in free_moves(lake, state, range(4), 1)
-        if move not in moves and lake.neighbours[move, state] != state
+        for move in view.free(state, range(4), 1)
+        if move not in moves and view.neighbours[move, state] != state
     ]
     for move in away:  # by preference to where a move nearer is free, and does not lead back
-        place = lake.neighbours[move, state]
-        onward = free_moves(lake, place, moves_nearer(lake, place), 1)
-        if any(lake.neighbours[next_move, place] != state for next_move in onward):
+        place = view.neighbours[move, state]
+        onward = view.free(place, view.moves_nearer(place), 1)
+        if any(view.neighbours[next_move, place] != state for next_move in onward):
             return move
     return away[0] if away else 0
 
@@ -79,13 +87,8 @@ REFLEXES = all_reflexes()
 
 def reflex_moves(lake, reflex, sight, sideways):
     """The move of each state."""
-    chosen = []
-    for state, tile in enumerate(lake.tiles):
-        order = UP_OR_DOWN_FIRST[::-1] if sideways else UP_OR_DOWN_FIRST
-        moves = moves_nearer(lake, state, order)
-        is_over = tile in "GH"
-        chosen.append(0 if is_over else reflex(lake, state, moves, sight))
-    return chosen
+    view = View(lake, UP_OR_DOWN_FIRST[::-1] if sideways else UP_OR_DOWN_FIRST)
+    return [0 if tile in "GH" else reflex(view, i, sight) for i, tile in enumerate(lake.tiles)]
 
 
 # Success by value iteration: V(s) <- sum_a pi(a|s) (goal(s') + alive(s') V(s')); no ice here slips
@@ -149,7 +152,9 @@ def report():
     for name in ("big", "maze"):
         maps, _, _ = train.evaluation_maps(SCENARIOS[name], BOARDS)
         columns[name] = means(maps, SCENARIOS[name].max_steps)
-    columns["its detours"] = means([desc for desc in maps if needs_detour(desc)], 20)
+    columns["its detours"] = means(
+        [desc for desc in maps if needs_detour(desc)], SCENARIOS["maze"].max_steps
+    )
     show(columns)
 
 

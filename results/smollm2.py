@@ -6,8 +6,8 @@
 Under train.py's own prompt this model talks of other things: no answer is ever valid, so all
 episodes of a group are alike and there is nothing to learn from. Here two examples stand before the
 state, as turns of the model's own chat, and the answer's tags are given: the model says the word
-between them, any one token of its vocabulary. An episode has 12 steps, not 8, so that random play
-wins now and then. All else is train.py; flags that are given replace FLAGS.
+between them, any one token of its vocabulary. A training episode has 12 steps, not 8, so that
+random play wins now and then. All else is train.py; flags that are given replace FLAGS.
 
 FLAGS are for a CPU core, an hour and a half. On a GPU, in three minutes, and better:
 
