@@ -114,7 +114,7 @@ class Attention(nn.Module):
         self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, context, wrap):
-        """x (batch, time, width) -> the same shape, and the tokens' own keys and values."""
+        """x (batch, time, width) -> the same shape. context: see `Decoder.forward`."""
         q = self.heads(self.q_proj(x))  # (batch, time, heads, head_dim)
         k = self.heads(self.k_proj(x))  # (batch, time, groups, head_dim)
         v = self.heads(self.v_proj(x))  # (batch, time, groups, head_dim)
@@ -125,7 +125,7 @@ class Attention(nn.Module):
             out = wrap(causal_attention, q, k, v)
         else:
             out = wrap(context.attend, self.layer, q, k, v)
-        return self.o_proj(out.transpose(1, 2).flatten(2)), k, v
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def heads(self, x):
         return x.unflatten(2, (-1, self.head_dim))
@@ -172,10 +172,9 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, context, wrap):
         """wrap: `checkpointed` or `plain`, for what takes more memory than time."""
         normed = wrap(self.input_layernorm, x)
-        attended, k, v = self.self_attn(normed, cos, sin, context, wrap)
-        x = x + attended
-        x = x + self.mlp(wrap(self.post_attention_layernorm, x), wrap)
-        return x, k, v
+        x = x + self.self_attn(normed, cos, sin, context, wrap)
+        normed = wrap(self.post_attention_layernorm, x)
+        return x + self.mlp(normed, wrap)
 
 
 class Decoder(nn.Module):
@@ -193,19 +192,15 @@ class Decoder(nn.Module):
     def forward(self, ids, positions, context=None):
         """ids (batch, time), positions (batch or 1, time) -> hidden states (batch, time, width).
 
-        context: what attends, where that is more than causal rows: a `Tree` or a `Cache`. Also
-        returned: the tokens' own keys and values, one (keys, values) per layer, each (batch,
-        groups, time, head_dim).
+        context: what attends, where that is more than causal rows: a `Tree` or a `Cache`.
         """
         x = self.embed_tokens(ids)
         cos, sin = rotary(self.config, positions, x.dtype)
-        keys_values = []
         of_layers = checkpointed if self.recompute == "layers" else plain
         of_parts = checkpointed if self.recompute == "parts" else plain
         for layer in self.layers:
-            x, k, v = of_layers(layer, x, cos, sin, context, of_parts)
-            keys_values.append((k, v))
-        return self.norm(x), keys_values
+            x = of_layers(layer, x, cos, sin, context, of_parts)
+        return self.norm(x)
 
 
 class Transformer(nn.Module):
@@ -223,7 +218,7 @@ class Transformer(nn.Module):
 
     def forward(self, ids):
         """Logits of the next token: ids (batch, time) int64 -> (batch, time, vocabulary)."""
-        x, _ = self.hidden(ids, torch.arange(ids.shape[1], device=ids.device)[None])
+        x = self.hidden(ids, torch.arange(ids.shape[1], device=ids.device)[None])
         return self.head(x)
 
     def hidden(self, ids, positions, context=None):
@@ -440,16 +435,17 @@ class LanguageAgent:
     def read_prompts(self, prompts):
         """Run prompts: the table of each one's first new token, and what `Cache` needs of them."""
         tree = Tree(self.instructions, prompts, self.device)
-        x, keys_values = self.model.hidden(tree.ids, tree.positions, tree)
+        tree.keys_values = []  # for `Cache`
+        x = self.model.hidden(tree.ids, tree.positions, tree)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         last = tree.paths.gather(1, lengths[:, None] - 1)[:, 0]
         table = self.next_logprobs(x[0, last])
-        return table, keys_values, tree.slots, len(self.instructions) + lengths
+        return table, tree.keys_values, tree.slots, len(self.instructions) + lengths
 
     def read_token(self, token, cache):
         """Run the next token (answers,) of each answer: the table of the one after it."""
         cache.advance()
-        x, _ = self.model.hidden(token[:, None], cache.positions[:, None], cache)
+        x = self.model.hidden(token[:, None], cache.positions[:, None], cache)
         return self.next_logprobs(x[:, 0])
 
     def answers(self, prompts, tokens, logprobs):
@@ -471,7 +467,7 @@ class LanguageAgent:
         targets = [(-1,) * (len(prompt) - 1) + response for prompt, response in pairs]
         targets = torch.tensor(pad(targets, -1), device=self.device)  # (texts, longest)
         tree = Tree(self.instructions, texts, self.device)
-        x, _ = self.model.hidden(tree.ids, tree.positions, tree)
+        x = self.model.hidden(tree.ids, tree.positions, tree)
         is_response = targets >= 0
         x = x[0, tree.paths[is_response]]  # (response tokens, width)
         logprobs, entropies = self.model.token_logprobs(
@@ -507,6 +503,8 @@ class Tree:
     share takes the result of one of them.
     """
 
+    keys_values = None  # a list: `attend` adds each layer's, (1, groups, nodes, head_dim)
+
     def __init__(self, instructions, texts, device):
         start = len(instructions)
         nodes = {}  # {(node before, token): node}, the instructions' last one before the first
@@ -534,6 +532,8 @@ class Tree:
 
     def attend(self, layer, q, k, v):
         """`causal_attention` of each node: q (1, heads, instructions and nodes, head_dim)."""
+        if self.keys_values is not None:
+            self.keys_values.append((k, v))
         shared = self.attend_at(self.shared, self.shared, q, k, v)
         out = self.attend_at(self.paths, self.slots, q, k, v)
         out = out.transpose(1, 2).flatten(0, 1)  # (texts * longest, heads, head_dim)

@@ -149,7 +149,7 @@ def last_hidden(model, prompts):
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     ids = torch.tensor(lm.pad(prompts, 0))
     positions = torch.arange(ids.shape[1])[None]
-    x, _ = model.hidden(ids, positions)
+    x = model.hidden(ids, positions)
     return x[torch.arange(len(prompts)), lengths - 1]
 
 
