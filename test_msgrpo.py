@@ -2104,6 +2104,7 @@ def two_processes(*lines):
         text=True,
     )
     assert ended.returncode == 0, ended.stderr
+    assert "UserWarning" not in ended.stderr  # such as FSDP2's of views
     return ended.stdout
 
 
