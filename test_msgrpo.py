@@ -1810,6 +1810,7 @@ REFUSALS = {  # use: a word of the message
     "--tiny --out /proc/x": "/proc/x",
     "--tiny --out FOREIGN/notes.txt": "notes.txt",
     "--resume RUN --seed 3": "seed",
+    "--resume RUN --threads 0": "train.py: --threads is 0, not from 1 to 4096",
     "--checkpoint RUN --layers 3": "--layers goes with --tiny",
     "--resume RUN --iterations 1": "has made 2 iterations",
     "--play BARE": "--resume it",

@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -1051,16 +1051,17 @@ def run(argv, agent_class):
 def read_settings(mode, folder, given):
     """The settings of a command: a run's own or the defaults, and what is given in their place."""
     path = folder / "settings.json"
+    settings = checked(Settings(**given))
     if mode == "tiny":
-        return checked(Settings(**TINY | given))
+        return replace(settings, **TINY | given)
     if mode == "checkpoint":
         lm.ensure("layers" not in given, "--layers goes with --tiny: a checkpoint has its own")
-        return checked(Settings(**given, checkpoint=str(folder.resolve())))
+        return replace(settings, checkpoint=str(folder.resolve()))
     if path.exists():
         with lm.blaming(path):
             return checked(Settings(**lm.parse_json(path.read_bytes()) | given))
     lm.ensure(mode != "resume", f"{folder} is no run: there is no settings.json in it")
-    return checked(Settings(**given))
+    return settings
 
 
 def load_model(mode, folder, settings):
