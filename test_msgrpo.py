@@ -1795,6 +1795,7 @@ REFUSALS = {  # use: a word of the message
     "--tiny extra": "extra",
     "": "--tiny",
     "--tiny --gamma 2": "gamma",
+    "--tiny --think": "--think is for --checkpoint",
     "--tiny --gamma nan": "gamma",
     "--tiny --max-gap inf": "max-gap",
     "--tiny --groups 0": "--groups is 0, not at least 1",
@@ -2025,7 +2026,8 @@ def test_interrupted_and_resumed_is_never_stopped(
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, module, name, number, interrupt)
         assert start(warm, out, "--checkpoint-every 4") == 130
-    assert capsys.readouterr().err.strip() == "train.py: interrupted"
+    hint = f": go on by --resume {out}" if has_state else ""
+    assert capsys.readouterr().err.strip() == f"train.py: interrupted{hint}"
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert len(read_metrics(out)) == lines
     assert (out / "state.pt").exists() == has_state

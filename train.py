@@ -572,7 +572,7 @@ def shard(model, dtype, device):
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=180,
+    iterations=240,
     groups=64,  # many maps, few episodes of each
     group_size=8,
     update_episodes=64,
@@ -775,7 +775,7 @@ def train(learner, out, state):
                 metrics = iterate(player, trainee, learner, iteration, state["replay_pool"])
             except Stopped:
                 save_state(out, state, learner)
-                raise KeyboardInterrupt from None
+                raise KeyboardInterrupt(f"go on by --resume {out}") from None
             tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
             metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
             if s.eval_every and iteration % s.eval_every == 0:
@@ -791,7 +791,7 @@ def train(learner, out, state):
             if iteration % s.checkpoint_every == 0 or iteration == s.iterations:
                 save_state(out, state, learner)
         if any(gather([INTERRUPTS.asked])):
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"go on by --resume {out}")
     finish(learner, out, state, clock)
 
 
@@ -1015,6 +1015,8 @@ def checked(settings):
         choices = f.metadata["choices"]
         if choices:
             lm.ensure(value in choices, f"{flag} is {value!r}, not one of {', '.join(choices)}")
+        kinds = (int, float) if f.type is float else f.type
+        lm.ensure(isinstance(value, kinds), f"{flag} is {value!r}, which is no {f.type.__name__}")
         if f.type in (int, float):
             low, high = f.metadata["range"]
             limits = f"at least {low}" if high == 1e18 else f"from {low} to {high}"
@@ -1053,6 +1055,9 @@ def read_settings(mode, folder, given):
     path = folder / "settings.json"
     settings = checked(Settings(**given))
     if mode == "tiny":
+        lm.ensure(
+            not settings.think, "--think is for --checkpoint: the tiny model has no words for it"
+        )
         return replace(settings, **TINY | given)
     if mode == "checkpoint":
         lm.ensure("layers" not in given, "--layers goes with --tiny: a checkpoint has its own")
@@ -1067,7 +1072,7 @@ def read_settings(mode, folder, given):
 def load_model(mode, folder, settings):
     """(model, tokenizer, the rest of a run's state.pt if there is one)."""
     if mode == "resume" and not (folder / "state.pt").exists():
-        # Ended before its first state: it begins again
+        say("no state of this run was saved: it begins again")
         folder = Path(settings.checkpoint)
         mode = "checkpoint" if settings.checkpoint else "tiny"
     if mode == "tiny":
@@ -1154,8 +1159,8 @@ def main(argv=None, agent_class=lm.LanguageAgent):
         with STATUS:
             run(argv, agent_class)
         return 0
-    except KeyboardInterrupt:
-        return complain("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return complain(": ".join(["interrupted", *error.args]), 130)
     except (lm.BadInput, OSError) as error:
         return complain(error, 2)
     except (RuntimeError, MemoryError) as error:
