@@ -627,7 +627,7 @@ def main():
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs side by side")
     parser.add_argument("--report", action="store_true", help="table and figures alone")
     options = parser.parse_args()
-    if options.report and importlib.util.find_spec("matplotlib") is None:
+    if importlib.util.find_spec("matplotlib") is None:  # before hours of work, not after
         parser.error("the report needs matplotlib: pip install matplotlib")
     if not options.report:
         for games, arms, seeds in ORDER:
