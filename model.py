@@ -536,9 +536,8 @@ class Tree:
             self.keys_values.append((k, v))
         shared = self.attend_at(self.shared, self.shared, q, k, v)
         out = self.attend_at(self.paths, self.slots, q, k, v)
-        out = out.transpose(1, 2).flatten(0, 1)  # (texts * longest, heads, head_dim)
-        out = out.index_select(0, self.places)  # (nodes, heads, head_dim)
-        return torch.cat([shared, out.transpose(0, 1)[None]], 2)
+        out = out.transpose(0, 1).flatten(1, 2)[None]  # (1, heads, texts * longest, head_dim)
+        return torch.cat([shared, gather(out, self.places[None])], 2)
 
     def attend_at(self, nodes, slots, q, k, v):
         """`causal_attention` of some nodes (texts, some): (texts, heads, some, head_dim)."""
@@ -548,8 +547,33 @@ class Tree:
 def gather(x, nodes):
     """x (1, heads, all nodes, head_dim), nodes (texts, some) -> (texts, heads, some, head_dim)."""
     rows = x[0].transpose(0, 1).flatten(1)  # (all nodes, heads * head_dim)
-    found = F.embedding(nodes, rows)  # rows[nodes], with a faster backward pass
+    found = TakeRows.apply(rows, nodes)
     return found.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
+
+
+class TakeRows(torch.autograd.Function):
+    """rows[index]. In the backward pass, a row's gradients are added up in float32.
+
+    The kinds of device differ in what is fast for that, often by a factor of ten.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, index):
+        ctx.save_for_backward(index)
+        ctx.count = len(rows)
+        return F.embedding(index, rows)
+
+    @staticmethod
+    def backward(ctx, of_found):
+        (index,) = ctx.saved_tensors
+        summands = of_found.float()
+        if of_found.is_cuda:
+            of_rows = summands.new_zeros(ctx.count, summands.shape[-1])
+            of_rows.index_add_(0, index.flatten(), summands.flatten(0, -2))
+        else:
+            add_up = torch.ops.aten.embedding_dense_backward
+            of_rows = add_up(summands, index, ctx.count, -1, False)
+        return of_rows.to(of_found.dtype), None
 
 
 def bfloat16_is_fast(device):

@@ -57,6 +57,7 @@ from frozenlake import SCENARIOS, FrozenLake
 IMPORTED.set()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if lm.bfloat16_is_fast(DEVICE) else "float32"
+RECOMPUTE = "layers" if DEVICE == "cuda" else "parts"  # a GPU has little memory, and time
 
 
 def setting(default, text, low=0, high=1e18, choices=None):
@@ -117,7 +118,7 @@ class Settings:
     threads: int = setting(torch.get_num_threads(), "Use X threads of the CPU", 1, 4096)
     micro_batch_tokens: int = setting(16384, "Take about X tokens in one pass", 1)
     recompute: str = setting(
-        "parts",
+        RECOMPUTE,
         "Compute this twice to save memory: layers needs least, nothing is fastest",
         choices=("nothing", "parts", "layers"),
     )

@@ -37,7 +37,8 @@ def make_side(home, directory):
         update.append([(-1.0) ** i for i in range(len(prompts))])
     else:
         model, _ = bench.lm.load_pretrained(directory)
-        side = bench.Ours(model, work | {"new": NEW, "recompute": "parts"})
+        work |= {"new": NEW, "recompute": "parts", "micro_batch_tokens": 16384}
+        side = bench.Ours(model, work)
         pairs = zip(prompts, work["responses"] or side.rollout(prompts))
         update = [[bench.msgrpo.Answer(p, tuple(r), [-1.0] * NEW) for p, r in pairs]]
     return bench, side, {"rollout": [prompts], "update": update}

@@ -124,6 +124,7 @@ class Ours:
         """model: a Transformer on the device. work: the rest of what both sides are given."""
         self.model = model
         self.model.model.recompute = work["recompute"]
+        self.budget = work["micro_batch_tokens"]
         tokenizer = SimpleNamespace(
             size=self.model.config.vocab_size,
             end_ids=(),
@@ -146,7 +147,7 @@ class Ours:
         steps = []
         for answer, credit in zip(answers, one_credit(len(answers))):
             steps.append(msgrpo.Step(answer, credit=credit))
-        msgrpo.accumulate_gradient(self.agent, [steps])
+        msgrpo.accumulate_gradient(self.agent, [steps], budget=self.budget)
 
 
 class Theirs:
@@ -182,6 +183,7 @@ class Theirs:
         )
         self.prefix = work["prefix"]
         self.new = work["new"]
+        self.rows = 32  # of a pass
 
     def rollout(self, prompts):
         sequences = [[*self.prefix, *prompt] for prompt in prompts]
@@ -206,11 +208,11 @@ class Theirs:
     def update(self, answers):
         tokens = self.new * len(answers)
         credit = torch.tensor(one_credit(len(answers)), device=self.device)
-        for i in range(0, len(answers), 32):
-            part = answers[i : i + 32]
+        for i in range(0, len(answers), self.rows):
+            part = answers[i : i + self.rows]
             logprobs = self.logprobs(part)
             old = torch.tensor([answer.logprobs for answer in part], device=self.device).flatten()
-            paid = credit[i : i + 32].repeat_interleave(self.new)
+            paid = credit[i : i + self.rows].repeat_interleave(self.new)
             losses, _ = msgrpo.policy_loss(logprobs, old, paid, torch.zeros_like(logprobs))
             (losses.sum() / tokens).backward()
 
@@ -307,6 +309,7 @@ def compare(name, dtype, batch, states, args):
         "checkpoint": args.checkpoint,
         "dtype": dtype,
         "recompute": "parts",
+        "micro_batch_tokens": 16384,
         "threads": args.threads,
         "new": args.new,
         "prefix": list(tokenizer.prefix(lakes[0].instructions)),

@@ -9,12 +9,14 @@ a process of its own, with a limit of time: what one part loses, the others keep
 --out after each part, a table to the terminal. Raw output of three runs on an H100: results/gpu/.
 
 peaks    the device's best rate of matrix products, and of copying its memory
-recipe   three iterations at Qwen2.5-3B's shape as `train.py --think --recompute layers` runs them,
-         with random weights, whose answers all have 256 tokens: seconds by stage, and peak memory
-         beside what memory.py predicts
-bench    rollouts and updates beside transformers, as in bench.py, recomputing on both sides; the
-         share of the matrix peak that updates reach, attention left out, and of the bandwidth that
-         decoding reaches where it reads all weights for each token
+recipe   three iterations at Qwen2.5-3B's shape as `train.py --think` runs them, though with random
+         weights, whose answers all have 256 tokens: seconds by stage, and peak memory beside what
+         memory.py predicts
+updates  seconds and memory of an update at that shape, 32 answers of 256 tokens, by --recompute and
+         --micro-batch-tokens; beside transformers with gradient checkpointing and without
+bench    rollouts and updates beside transformers, as in bench.py, with train.py's defaults and with
+         gradient checkpointing; the share of the matrix peak that updates reach, attention left
+         out, and of the bandwidth that decoding reaches where it reads all weights for each token
 profile  the 25 kernels that take longest in one update and in one step of sampling, 32 answers of
          256 tokens at 3B's shape; seconds to capture such a step; memory in use after an update's
          forward pass and at its peak
@@ -54,6 +56,7 @@ GIB = 2**30
 LIMITS = {  # seconds that a part may take; it runs in this order
     "peaks": 40,
     "recipe": 120,
+    "updates": 75,
     "bench 3b 32 256": 75,
     "bench 3b 256 8": 45,
     "bench 3b 256 256": 90,
@@ -142,14 +145,12 @@ def peaks(args):
 
 
 def recipe_settings(args):
-    """Those of `train.py --checkpoint 3B --think --recompute layers`.
+    """Those of `train.py --checkpoint 3B --think`.
 
     Random weights win nothing, so all advantages are 0. "uniform" draws as many episodes all the
     same, and the entropy bonus gives them a gradient.
     """
-    settings = train.Settings(
-        think=True, recompute="layers", sampling="uniform", dtype=args.dtype, device=args.device
-    )
+    settings = train.Settings(think=True, sampling="uniform", dtype=args.dtype, device=args.device)
     if args.smoke:
         settings = dataclasses.replace(settings, max_new_tokens=8, threads=1)
     return settings
@@ -232,7 +233,13 @@ def make_work(args, shape, rows, new):
     words = bench.Words()
     lakes = list(itertools.islice(bench.played_lakes(np.random.default_rng(0)), rows))
     prompts = [tuple(words.suffix(lake.observation())) for lake in lakes]
-    work = {"recompute": "layers", "new": new, "prefix": words.prefix(lakes[0].instructions)}
+    defaults = train.Settings()
+    work = {
+        "recompute": defaults.recompute,
+        "micro_batch_tokens": defaults.micro_batch_tokens,
+        "new": new,
+        "prefix": words.prefix(lakes[0].instructions),
+    }
     ours = bench.Ours(model, work)
     return ours, work, prompts, bench.make_answers(ours, prompts)
 
@@ -240,23 +247,43 @@ def make_work(args, shape, rows, new):
 def bench_part(args, shape, rows, new):
     """Rollouts and updates of both sides; each figure is reported as soon as it is there."""
     ours, work, prompts, answers = make_work(args, shape, rows, new)
-    bench_side(args, ours, prompts, answers)
-    bench_side(args, bench.Theirs(ours.model, work), prompts, answers)
+    theirs = bench.Theirs(ours.model, work | {"recompute": "layers"})
+    for side in (ours, theirs):
+        bench_call(args, side, "rollout", (side.rollout, prompts), prompts)
+        bench_call(args, side, "update", (bench.new_update, side, answers), prompts)
 
 
-def bench_side(args, side, prompts, answers):
-    """Report a side's rollouts and updates, or that the memory was too small for them."""
-    calls = {"rollout": (side.rollout, prompts), "update": (bench.new_update, side, answers)}
-    for what, call in calls.items():
-        figures = {"side": side.name, "what": what}
-        try:
-            figures |= measure_call(args, side, call)
-            figures["tokens_per_second"] = len(answers) * side.new / figures["seconds"]
-            figures |= work_of(side, what, prompts)
-        except torch.OutOfMemoryError as error:
-            figures["out_of_memory"] = str(error)[:200]
-        report(**figures)
-        side.model.zero_grad()
+def bench_call(args, side, what, call, prompts, **about):
+    """Report the figures of a call, or that the memory was too small for it."""
+    figures = {"side": side.name, "what": what, **about}
+    try:
+        figures |= measure_call(args, side, call)
+        figures["tokens_per_second"] = len(prompts) * side.new / figures["seconds"]
+        figures |= work_of(side, what, prompts)
+    except torch.OutOfMemoryError as error:
+        figures["out_of_memory"] = str(error)[:200]
+    report(**figures)
+    side.model.zero_grad()
+
+
+def updates(args):
+    """Time for memory: what --recompute and --micro-batch-tokens buy."""
+    ours, work, prompts, answers = make_work(args, "3b", 32, 256)
+    call = (bench.new_update, ours, answers)
+    budgets = (4096, 8192, 16384)
+    for recompute, budget in itertools.product(("layers", "parts", "nothing"), budgets):
+        ours.model.model.recompute = recompute
+        ours.budget = budget
+        about = {"recompute": recompute, "micro_batch_tokens": budget}
+        bench_call(args, ours, "update", call, prompts, **about)
+    theirs = bench.Theirs(ours.model, work | {"recompute": "layers"})
+    call = (bench.new_update, theirs, answers)
+    for checkpointing, rows in ((True, 32), (True, 8), (False, 4)):
+        if not checkpointing:
+            theirs.model.gradient_checkpointing_disable()
+        theirs.rows = rows
+        about = {"checkpointing": checkpointing, "rows": rows}
+        bench_call(args, theirs, "update", call, prompts, **about)
 
 
 def measure_call(args, side, call):
@@ -403,7 +430,8 @@ def run_part(name, args):
         shape, rows, new = sizes
         bench_part(args, shape, int(rows), int(new))
     else:
-        parts = {"peaks": peaks, "recipe": recipe, "profile": profile, "suite": suite}
+        parts = {"peaks": peaks, "recipe": recipe, "updates": updates, "profile": profile}
+        parts["suite"] = suite
         parts["train"] = train_part
         parts[kind](args)
 
