@@ -1,7 +1,7 @@
 """What a training run needs on each device, in GiB, from a config.json alone.
 
-    python results/memory.py results/configs/qwen2.5-3b.json --recompute layers --new 256    --think
-    python results/memory.py results/configs/qwen2.5-3b.json --recompute layers --new 16     without
+    python results/memory.py results/configs/qwen2.5-3b.json --new 256    --think
+    python results/memory.py results/configs/qwen2.5-3b.json --new 16     without
     python results/memory.py --check        small models, beside what they take on this CPU
 
 P parameters take float32 weights 4 P, gradients 4 P and Adam's moments 8 P, all divided by
@@ -209,7 +209,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     choices = ("nothing", "parts", "layers")
-    parser.add_argument("--recompute", choices=choices, default="parts", help="as in train.py")
+    parser.add_argument("--recompute", choices=choices, default="layers", help="as in train.py")
     parser.add_argument("--check", action="store_true", help="measure small models; Linux alone")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
