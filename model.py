@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -507,28 +508,29 @@ class Tree:
 
     def __init__(self, instructions, texts, device):
         start = len(instructions)
-        nodes = {}  # {(node before, token): node}, the instructions' last one before the first
-        paths = []  # of each text, its nodes
-        for text in texts:
-            path = [start - 1]
-            for token in text:
-                path.append(nodes.setdefault((path[-1], token), start + len(nodes)))
-            paths.append(path[1:])
-        ids = instructions + [token for _, token in nodes]
-        paths = pad(paths, 0)  # (texts, longest)
-        flat = [node for path in paths for node in path]
-        place_of = {}  # the first of a node's places: further ones may be padding
-        for place, node in enumerate(flat):
-            place_of.setdefault(node, place)
-        places = [place_of[node] for node in nodes.values()]
+        tokens = np.array(pad(texts, -1))  # (texts, longest)
+        paths = np.zeros_like(tokens)  # of each text, its nodes
+        ids = list(instructions)
+        positions = list(range(start))
+        places = []  # of each node, the first of its places: further ones may be padding
+        before = np.zeros(len(texts), int)  # the node before, which is the same for all at first
+        for depth, column in enumerate(tokens.T):
+            (there,) = np.nonzero(column >= 0)
+            nodes = (before[there] << 32) + column[there]
+            _, first, node = np.unique(nodes, return_index=True, return_inverse=True)
+            before[there] = len(ids) + node
+            paths[there, depth] = len(ids) + node
+            first = there[first]  # a text of each node
+            ids += column[first].tolist()
+            positions += [start + depth] * len(first)
+            places += (first * len(tokens.T) + depth).tolist()
 
         self.ids = torch.tensor([ids], device=device)
+        self.positions = torch.tensor([positions], device=device)
         self.paths = torch.tensor(paths, device=device)
         self.places = torch.tensor(places, device=device)  # (nodes,) in the flattened paths
         self.shared = torch.arange(start, device=device)[None]
         self.slots = torch.cat([self.shared.expand(len(texts), -1), self.paths], 1)
-        depths = start + self.places % self.paths.shape[1]
-        self.positions = torch.cat([self.shared, depths[None]], 1)
 
     def attend(self, layer, q, k, v):
         """`causal_attention` of each node: q (1, heads, instructions and nodes, head_dim)."""

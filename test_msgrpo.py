@@ -670,13 +670,13 @@ def test_a_sample_of_chunks_is_that_of_one_cumulative_sum(size):
 
 
 def test_texts_that_begin_alike_are_run_once():
-    """Nodes: the instructions' three tokens, then each distinct beginning."""
+    """Nodes: the instructions' three tokens, then each distinct beginning, short ones first."""
     tree = lm.Tree([7, 8, 9], [(1, 2, 3), (1, 2, 4), (1, 5), (1, 2, 3)], "cpu")
-    assert tree.ids.tolist() == [[7, 8, 9, 1, 2, 3, 4, 5]]
-    assert tree.positions.tolist() == [[0, 1, 2, 3, 4, 5, 5, 4]]
-    assert tree.paths[0].tolist() == [3, 4, 5]
-    assert tree.paths[1].tolist() == [3, 4, 6]
-    assert tree.paths[2, :2].tolist() == [3, 7]
+    assert tree.ids.tolist() == [[7, 8, 9, 1, 2, 5, 3, 4]]
+    assert tree.positions.tolist() == [[0, 1, 2, 3, 4, 4, 5, 5]]
+    assert tree.paths[0].tolist() == [3, 4, 6]
+    assert tree.paths[1].tolist() == [3, 4, 7]
+    assert tree.paths[2, :2].tolist() == [3, 5]
 
 
 def test_a_sample_is_where_the_cumulative_distribution_passes_its_uniform():
