@@ -1530,6 +1530,8 @@ def test_a_run_leaves_metrics_and_a_summary(warm):
     assert list(summary["scenarios"]) == list(SCENARIOS)
     assert summary["unseen_success"] == unseen["success"]
     assert summary["unseen_success_unweighted"] == unseen["unweighted"]
+    assert summary["random_success"] == unseen["random"]
+    assert summary["optimal_success"] == unseen["optimal"]
     assert summary["seed"] == 7
     assert metrics[0]["seconds"] < metrics[1]["seconds"] < summary["seconds"] < 600
 

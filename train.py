@@ -857,6 +857,8 @@ def finish(learner, out, state, clock):
     summary = {
         "unseen_success": unseen["success"],
         "unseen_success_unweighted": unseen["unweighted"],
+        "random_success": unseen["random"],
+        "optimal_success": unseen["optimal"],
         "scenarios": scenarios,
         "before": state["before"],
         "seed": learner.settings.seed,
