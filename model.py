@@ -399,6 +399,7 @@ class LanguageAgent:
         distinct, rows = unique(prompts)
         rows = torch.tensor(rows, device=self.device)
         table, keys_values, slots, lengths = self.read_prompts(distinct)
+        ensure(not table.isnan().any(), "the model's probabilities are not numbers")
         table = table[rows]  # from here on a row for each answer
 
         tokens = torch.full((len(prompts), self.max_new_tokens), -1, device=self.device)
@@ -681,8 +682,9 @@ def blaming(path):
     it."""
     try:
         yield
-    except Exception as error:
-        if isinstance(error, OSError) or out_of_memory(error):
+    except BaseException as error:  # a panic of tiktoken's is no Exception
+        theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not theirs or isinstance(error, OSError) or out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:500]
         if type(error) not in (ValueError, BadInput):
@@ -716,10 +718,10 @@ def replacing(path):
 LFS_POINTER = "a git-lfs pointer stands in the file's place: run `git lfs pull` in its folder"
 
 
-def parse_json(data):
-    """The object in a JSON file's bytes. Call it inside `blaming`."""
+def parse_json(data, **options):
+    """The object in a JSON file's bytes. Call it inside `blaming`. options: json.loads's."""
     ensure(not data.startswith(b"version https://git-lfs"), LFS_POINTER)
-    found = json.loads(data.decode())
+    found = json.loads(data.decode(), **options)
     ensure(isinstance(found, dict), "it holds no JSON object")
     return found
 
@@ -803,7 +805,8 @@ def end_token_ids(data):
     if found is None:
         return []
     ids = found if isinstance(found, list) else [found]
-    ensure(all(type(i) is int for i in ids), f"eos_token_id is {found!r:.99}")
+    good = all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
+    ensure(good, f"eos_token_id is {found!r:.99}")
     return ids
 
 
@@ -828,6 +831,16 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 
+def each_key_once(pairs):
+    found = dict(pairs)
+    ensure(len(found) == len(pairs), "a JSON object has a key twice")
+    return found
+
+
+def no_number(text):
+    raise BadInput(f"{text} is no JSON")
+
+
 def read_header(file, size):
     """{name: entry} of a safetensors file of this size in bytes, and where its data begin."""
     first = file.read(8)
@@ -836,7 +849,8 @@ def read_header(file, size):
     start = 8 + length
     fits = start <= size and length <= LARGEST_HEADER
     ensure(fits, f"a header of {length} bytes is too long for a file of {size}")
-    header = parse_json(file.read(length))
+    strict = {"object_pairs_hook": each_key_once, "parse_constant": no_number}
+    header = parse_json(file.read(length), **strict)
     json.dumps(header, ensure_ascii=False).encode()  # raises on names that are no valid Unicode
     metadata = header.pop("__metadata__", None)
     texts = metadata is None or all(isinstance(value, str) for value in metadata.values())

@@ -1822,7 +1822,7 @@ REFUSALS = {  # use: a word of the message
     "--tiny --out /proc/x": "/proc/x",
     "--tiny --out FOREIGN/notes.txt": "notes.txt",
     "--resume RUN --seed 3": "seed",
-    "--resume RUN --threads 0": "train.py: --threads is 0, not from 1 to 4096",
+    "--resume RUN --threads 0": "train.py: --threads is 0, not at least 1",
     "--checkpoint RUN --layers 3": "--layers goes with --tiny",
     "--resume RUN --iterations 1": "has made 2 iterations",
     "--play BARE": "--resume it",
@@ -1839,6 +1839,9 @@ REFUSALS = {  # use: a word of the message
     "--eval CUT_STATE": "state.pt",
     "--resume CUT_SETTINGS": "settings.json",
     "--resume WRONG_SETTINGS": "settings.json: --recompute is True, not one of nothing, parts",
+    "--eval TRUE_SETTINGS": "settings.json: --seed is True, which is no int",
+    "--resume OLDER_STATE": "state.pt: it was written by another version",
+    "--resume NO_MOMENTS --iterations 3": "state.pt: malformed",
     "--eval CUT_MODEL": "model.safetensors",
     "--play CUT_MODEL": "model.safetensors",
     "--checkpoint CUT_MODEL": "model.safetensors",
@@ -1853,8 +1856,14 @@ def cut(path):
 def homes(warm, tmp_path_factory):
     """A run, and what is broken or no run at all."""
     home = tmp_path_factory.mktemp("homes")
-    for name in ("RUN", "CUT_STATE", "CUT_SETTINGS", "WRONG_SETTINGS"):
+    names = "RUN CUT_STATE CUT_SETTINGS WRONG_SETTINGS TRUE_SETTINGS OLDER_STATE NO_MOMENTS"
+    for name in names.split():
         shutil.copytree(warm, home / name)
+    edit(home / "TRUE_SETTINGS/settings.json", seed=True)
+    state = torch.load(warm / "state.pt", weights_only=True)
+    torch.save(state | {"moments": [1]}, home / "NO_MOMENTS/state.pt")
+    del state["replay_pool"]
+    torch.save(state, home / "OLDER_STATE/state.pt")
     shutil.copytree(warm / "model", home / "CUT_MODEL")
     cut(home / "CUT_STATE/state.pt")
     cut(home / "CUT_MODEL/model.safetensors")
@@ -2044,6 +2053,25 @@ def test_interrupted_and_resumed_is_never_stopped(
     assert (out / "state.pt").exists() == has_state
     assert command(f"--resume {out}") == 0
     assert results(out) == expected
+
+
+def test_a_run_outlives_the_reader_of_its_output(warm, tmp_path):
+    """As with `train.py | tee log`, of which Ctrl-C ends both: the state is saved."""
+    out = tmp_path / "a"
+    shutil.copytree(warm, out)
+    script = [sys.executable, train.__file__, "--resume", str(out), "--iterations", "99"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(script, **pipes)
+    for line in run.stdout:
+        if "3/99" in line:
+            break
+    run.stdout.close()
+    run.stdout = None
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert errors.strip() == f"train.py: interrupted: go on by --resume {out}"
+    saved = torch.load(out / "state.pt", weights_only=True)["history"]
+    assert 3 <= len(saved) == len(read_metrics(out)) < 99
 
 
 def test_half_of_torchruns_environment_is_refused(monkeypatch, capsys):
@@ -2245,6 +2273,9 @@ BAD_HEADERS = [
     b"{}x",
     b"[" * 100_000,
     b'{"a":' * 100_000,
+    b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0], "dtype": "F32"}}',
+    b'{"__metadata__": {}, "__metadata__": {}}',
+    b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0], "more": NaN}}',
     {"__metadata__": []},
     {"__metadata__": {"a": 1}},
     {"__metadata__": {"\ud800": "a"}},
@@ -2417,6 +2448,7 @@ except OSError as error:
         {"rms_norm_eps": float("nan")},
         {"eos_token_id": "2"},
         {"eos_token_id": [1, True]},
+        {"eos_token_id": 1 << 70},
         {"tie_word_embeddings": 1},
         {"attention_bias": False},
         {"mlp_bias": "no"},

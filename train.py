@@ -12,6 +12,7 @@ group, episode), not from what was drawn before: on a CPU, a resumed run goes on
 """
 
 import argparse
+import contextlib
 import copy
 import difflib
 import json
@@ -37,8 +38,10 @@ def show_dots():
     print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__" and sys.stderr.isatty():
-    threading.Thread(target=show_dots, daemon=True).start()
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
+    if sys.stderr.isatty():
+        threading.Thread(target=show_dots, daemon=True).start()
 
 # Threads that wait by spinning take the time of those they wait for: beside other work, a run of
 # seconds took many minutes. OpenMP reads these when torch is imported: GNU's then spins shortly and
@@ -62,14 +65,6 @@ RECOMPUTE = "layers" if DEVICE == "cuda" else "parts"  # a GPU has little memory
 
 def setting(default, text, low=0, high=1e18, choices=None):
     return field(default=default, metadata={"help": text, "range": (low, high), "choices": choices})
-
-
-SECTIONS = {  # of --help, each with its first setting
-    "seed": "the run",
-    "groups": "the method",
-    "scenario": "play and evaluation",
-    "dtype": "this machine",
-}
 
 
 @dataclass
@@ -102,7 +97,7 @@ class Settings:
     grad_clip: float = setting(1.0, "Shorten gradients to a norm of at most X [author]")
     replay: float = setting(0.0, "Play this share of groups on maps that were failed before", 0, 1)
     layers: int = setting(3, "Give a new model X layers", 1, 1000)
-    warmup_steps: int = setting(0, "Teach a new model the game's text first, in X steps")
+    warmup_steps: int = setting(0, "Teach the game's text first, in X steps, at a new model's rate")
 
     scenario: str = setting("noslip", "Train on these lakes", choices=tuple(SCENARIOS))
     max_steps: int = setting(0, "End training episodes after X steps; 0: the scenario's")
@@ -384,12 +379,15 @@ class Interrupts:
 
     signals = (signal.SIGINT, signal.SIGTERM)
     asked = False
+    active = False
 
     def __enter__(self):
         self.asked = False
+        self.active = True
         self.before = [signal.signal(number, self.ask) for number in self.signals]
 
     def __exit__(self, *_):
+        self.active = False
         for number, handler in zip(self.signals, self.before):
             signal.signal(number, handler)
 
@@ -397,7 +395,9 @@ class Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        say("stopping: the state is saved first")
+        # Not by print, as this may have interrupted one
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), b"\nstopping: the state is saved first\n")
 
 
 INTERRUPTS = Interrupts()
@@ -447,7 +447,18 @@ def say(*words):
     """Print a line, in the place of the status line."""
     if STATUS.is_terminal:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    print(*words, flush=True)
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:  # the `tee` of `train.py | tee log` has ended, by Ctrl-C perhaps
+        mute()
+        if not INTERRUPTS.active:
+            raise
+        INTERRUPTS.asked = True
+
+
+def mute():
+    """Nobody reads what is printed from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Learner:
@@ -776,7 +787,7 @@ def train(learner, out, state):
                 metrics = iterate(player, trainee, learner, iteration, state["replay_pool"])
             except Stopped:
                 save_state(out, state, learner)
-                raise KeyboardInterrupt(f"go on by --resume {out}") from None
+                raise KeyboardInterrupt(f"go on by --resume {shlex.quote(str(out))}") from None
             tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
             metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
             if s.eval_every and iteration % s.eval_every == 0:
@@ -792,7 +803,7 @@ def train(learner, out, state):
             if iteration % s.checkpoint_every == 0 or iteration == s.iterations:
                 save_state(out, state, learner)
         if any(gather([INTERRUPTS.asked])):
-            raise KeyboardInterrupt(f"go on by --resume {out}")
+            raise KeyboardInterrupt(f"go on by --resume {shlex.quote(str(out))}")
     finish(learner, out, state, clock)
 
 
@@ -923,6 +934,13 @@ def paint(text):
     return text
 
 
+SECTIONS = {  # of --help, each with its first setting
+    "seed": "the run",
+    "groups": "the method",
+    "scenario": "play and evaluation",
+    "dtype": "this machine",
+}
+
 MODES = {
     "checkpoint": "start a run from a pretrained model or another run",
     "resume": "go on with a run",
@@ -1018,12 +1036,12 @@ def checked(settings):
         choices = f.metadata["choices"]
         if choices:
             lm.ensure(value in choices, f"{flag} is {value!r}, not one of {', '.join(choices)}")
-        kinds = (int, float) if f.type is float else f.type
-        lm.ensure(isinstance(value, kinds), f"{flag} is {value!r}, which is no {f.type.__name__}")
+        kinds = (int, float) if f.type is float else (f.type,)  # to isinstance, True is an int
+        lm.ensure(type(value) in kinds, f"{flag} is {value!r}, which is no {f.type.__name__}")
         if f.type in (int, float):
             low, high = f.metadata["range"]
-            limits = f"at least {low}" if high == 1e18 else f"from {low} to {high}"
-            lm.ensure(low <= value <= high, f"{flag} is {value}, not {limits}")
+            lm.ensure(value >= low, f"{flag} is {value}, not at least {low}")
+            lm.ensure(value <= high, f"{flag} is {value}, not at most {high:g}")
     return settings
 
 
@@ -1086,6 +1104,8 @@ def load_model(mode, folder, settings):
     if is_run and (folder / "state.pt").exists():
         with lm.blaming(folder / "state.pt"):
             state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+            parts = {"weights", "moments", "before", "replay_pool", "history"}
+            lm.ensure(state.keys() == parts, "it was written by another version of train.py")
             weights = state.pop("weights")
     model_folder = folder / "model" if is_run else folder
     has_model = not is_run or weights or (model_folder / "model.safetensors").exists()
@@ -1099,13 +1119,13 @@ def resume(learner, out, state, given):
     """Go on with a run, and keep the settings that were given."""
     made = len(state["history"]) if state else 0
     lm.ensure(made <= learner.settings.iterations, f"{out} has made {made} iterations already")
+    if state is not None:
+        with lm.blaming(out / "state.pt"):
+            learner.load_moments(state.pop("moments"))
     if given:
         write(out / "settings.json", settings_text(learner.settings))
     if given.keys() & NUMERICS:
         say("sums may differ in the last bits from here on: the run is not repeated bit for bit")
-    if state is not None:
-        with lm.blaming(out / "state.pt"):
-            learner.load_moments(state.pop("moments"))
     train(learner, out, state)
 
 
@@ -1156,8 +1176,8 @@ def main(argv=None, agent_class=lm.LanguageAgent):
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process alone speaks
+    if RANK > 0 or sys.stdout is None:  # the first process alone speaks, if it can
+        sys.stdout = open(os.devnull, "w")
     try:
         with STATUS:
             run(argv, agent_class)
@@ -1180,4 +1200,5 @@ def complain(reason, status):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

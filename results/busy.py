@@ -5,6 +5,7 @@
 Seconds of the whole command, median and worst of five. The settings take turns.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -50,4 +51,7 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

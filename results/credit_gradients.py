@@ -21,6 +21,7 @@ and the critic have direction 1 but for chance and the critic's error; whole epi
 noise of the three. The discounted rules and GiGPO follow something else.
 """
 
+import argparse
 import csv
 
 import numpy as np
@@ -165,4 +166,7 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()
