@@ -1247,6 +1247,27 @@ def test_updates_end_where_the_policy_has_gone_too_far():
     assert all(weight.grad is None for weight in learner.master.parameters())
 
 
+@pytest.mark.parametrize(
+    "credit, rate, undone", [(1.0, 1.0, True), (-1.0, 1.0, False), (1.0, 1e-4, False)]
+)
+def test_an_update_that_unlearns_is_taken_back(credit, rate, undone):
+    """A huge step makes all that was said unlikely: to be undone if it was paid for."""
+    learner = tiny_learner(entropy_coef=0.0, entropy_floor=0.0)
+    trainee = learner.trainee("go")
+    uniforms = np.random.default_rng(0).random((16, 3))
+    answers = trainee.act(["P _"] * 16, uniforms)
+    episodes = [[Step(answer, credit=credit)] for answer in answers]
+    trainee.score(answers)[0].sum().backward()
+    learner.update(1e-4)  # so that there are moments
+    before = weights_of(learner.master)
+    advantages = torch.full((16,), credit)
+    updates = train.learn(trainee, learner, episodes, advantages, list(range(16)), rate)
+    assert len(updates) == 1
+    assert updates[0].get("taken_back", False) == undone
+    change = (weights_of(learner.master) - before).abs().max()
+    assert (change < 1e-5) == undone
+
+
 def test_the_learning_rate_rises_then_falls():
     settings = tiny_settings(iterations=110, learning_rate=2.0, final_rate=0.5)
     found = [train.learning_rate(settings, i) for i in (1, 5, 10, 60, 110)]
@@ -1322,6 +1343,7 @@ def test_the_books_of_an_iteration(monkeypatch):
         "trained_episodes": 0,
         "updates": 0,
         "refused_updates": 0,
+        "taken_back": 0,
         "loss": None,
         "entropy": None,
         "clip_share": None,

@@ -188,7 +188,8 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
     """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
 
     Ours: once the mean |log ratio| to the policy that played is above `max_gap`, that gradient is
-    thrown away, and the iteration has no more updates.
+    thrown away, and the iteration has no more updates. And if the last one has made what it paid
+    for less likely, by more than that, it is taken back: one step can undo what hundreds taught.
     """
     s = learner.settings
     if not drawn:
@@ -206,6 +207,10 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
         update["grad_norm"] = learner.update(rate)
         update["trained"] = int((advantages[part] != 0).sum())
         updates.append(update)
+        paid = [episodes[i] for i in part if advantages[i] > 0]
+    if updates and mean_log_ratio(trainee, paid, s) < -s.max_gap:
+        learner.take_back()
+        updates[-1]["taken_back"] = True
     return updates
 
 
@@ -321,6 +326,20 @@ def accumulate_gradient(trainee, episodes, s, entropy_coef, can_stop):
         sums += weight * msgrpo.backward(trainee, batch, tokens, s.clip, entropy_coef, scale)
     sums = sum(gather([sums]))
     return msgrpo.statistics(sums, tokens, msgrpo.count_tokens(scored))
+
+
+@torch.no_grad()
+def mean_log_ratio(trainee, episodes, s):
+    """Of the episodes' tokens, now and when they were sampled; 0 where there are none.
+
+    Every process works it out for itself: their trainees must make the same passes.
+    """
+    steps = [step for episode in episodes for step in episode]
+    total = 0.0
+    for batch in msgrpo.micro_batches(steps, s.micro_batch_tokens):
+        total += trainee.score([step.answer for step in batch])[0].sum().item()
+        total -= sum(sum(step.answer.logprobs) for step in batch)
+    return total / max(1, msgrpo.count_tokens(steps))
 
 
 def choose_maps(s, replay_pool, rng):
@@ -530,6 +549,19 @@ class Learner:
         return norm
 
     @torch.no_grad()
+    def take_back(self):
+        """Undo the last update, which AdamW's moments tell, and forget the momentum to it."""
+        group = self.optimizer.param_groups[0]
+        beta1, beta2 = group["betas"]
+        for weight, state in self.optimizer.state.items():
+            mean = state["exp_avg"] / (1 - beta1 ** state["step"])
+            square = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
+            weight += group["lr"] * mean / (square.sqrt() + group["eps"])
+            weight /= 1 - group["lr"] * group["weight_decay"]
+            state["exp_avg"].zero_()
+        self.copy_weights()
+
+    @torch.no_grad()
     def copy_weights(self):
         if self.model is self.master:
             return
@@ -677,6 +709,7 @@ def summarize(episodes, returns, success, replayed, tried):
         "trained_episodes": sum(update["trained"] for update in updates),
         "updates": len(updates),
         "refused_updates": len(tried) - len(updates),  # their gradient was not finite
+        "taken_back": sum("taken_back" in update for update in updates),
     }
     for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm"):
         values = [update[key] for update in updates]
@@ -971,6 +1004,7 @@ metrics.jsonl has a line per iteration:
     drawn_episodes               episodes drawn to train on
     trained_episodes, trained_tokens     in updates: episodes with an advantage; all tokens
     updates, refused_updates     optimiser steps; those refused, as the gradient was not finite
+    taken_back                   1 if the last one was undone, see `learn`
     loss, entropy, clip_share    per token, means over the updates; clip_share: where it was clipped
     logprob_gap, grad_norm       mean |log ratio|; the gradient's norm before it was shortened
     rollout_gap                  mean |log-probability when sampled - when scored|, in bfloat16
