@@ -2146,6 +2146,14 @@ def test_a_run_that_learned_nothing_says_why(warm, tmp_path, capsys):
     assert "nothing was learned" in capsys.readouterr().out
 
 
+def test_a_run_whose_steps_are_too_long_says_so(warm, tmp_path, capsys):
+    """Each is undone, so that nothing is lost."""
+    flags = "--iterations 3 --learning-rate 5 --update-episodes 99 --invalid-penalty 1"
+    assert start(warm, tmp_path / "a", flags) == 0
+    assert all(record["taken_back"] for record in read_metrics(tmp_path / "a"))
+    assert capsys.readouterr().out.count("Lower --learning-rate") == 2  # on the way, at the end
+
+
 # Several processes
 
 

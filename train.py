@@ -12,7 +12,6 @@ group, episode), not from what was drawn before: on a CPU, a resumed run goes on
 """
 
 import argparse
-import contextlib
 import copy
 import difflib
 import json
@@ -196,19 +195,20 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
         return []
     bonus = entropy_coefficient(s, episodes)
     updates = []
+    paid = []
     for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))):
         if not bonus and not advantages[part].any():
             continue  # nothing to learn from
         can_stop = not updates  # while the weights are still those of the iteration's start
         update = accumulate_gradient(trainee, [episodes[i] for i in part], s, bonus, can_stop)
-        if update["logprob_gap"] > s.max_gap:
+        if not update["logprob_gap"] <= s.max_gap:  # it may be NaN
             learner.optimizer.zero_grad()
             break
         update["grad_norm"] = learner.update(rate)
         update["trained"] = int((advantages[part] != 0).sum())
         updates.append(update)
-        paid = [episodes[i] for i in part if advantages[i] > 0]
-    if updates and mean_log_ratio(trainee, paid, s) < -s.max_gap:
+        paid = [episodes[i] for i in part if advantages[i] > 0] or paid
+    if updates and not mean_log_ratio(trainee, paid, s) >= -s.max_gap:
         learner.take_back()
         updates[-1]["taken_back"] = True
     return updates
@@ -414,9 +414,10 @@ class Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        # Not by print, as this may have interrupted one
-        with contextlib.suppress(OSError):
+        try:  # not by print, as this may have interrupted one
             os.write(sys.stderr.fileno(), b"\nstopping: the state is saved first\n")
+        except OSError:
+            pass
 
 
 INTERRUPTS = Interrupts()
@@ -554,8 +555,9 @@ class Learner:
         group = self.optimizer.param_groups[0]
         beta1, beta2 = group["betas"]
         for weight, state in self.optimizer.state.items():
-            mean = state["exp_avg"] / (1 - beta1 ** state["step"])
-            square = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
+            step = state["step"].item()
+            mean = state["exp_avg"] / (1 - beta1**step)
+            square = state["exp_avg_sq"] / (1 - beta2**step)
             weight += group["lr"] * mean / (square.sqrt() + group["eps"])
             weight /= 1 - group["lr"] * group["weight_decay"]
             state["exp_avg"].zero_()
@@ -843,7 +845,7 @@ def train(learner, out, state):
 def check_learning(history):
     """Say so if nothing is learned at first; raises ValueError if gradients are not finite."""
     last = [json.loads(line) for line in history[-3:]]
-    if len(last) < 3 or any(m["updates"] for m in last):
+    if len(last) < 3 or any(learned(m) for m in last):
         return
     if all(m["refused_updates"] for m in last):
         raise lm.BadInput(
@@ -854,8 +856,15 @@ def check_learning(history):
         say("nothing was learned so far: " + advice(last[-1]))
 
 
+def learned(m):
+    """Whether an iteration had an update that was not undone."""
+    return m["updates"] > m.get("taken_back", 0)  # runs of older versions have none
+
+
 def advice(m):
     """Why an iteration had no update, and which flags help."""
+    if m["updates"]:
+        return "each update made what it paid for unlikely and was undone. Lower --learning-rate"
     if m["valid"] == 0:
         reason = "no answer named an action. See what it says by --play. "
         return reason + "Try more --max-new-tokens, --think, another --temperature"
@@ -911,7 +920,7 @@ def finish(learner, out, state, clock):
     write(out / "summary.json", json.dumps(summary))
     play_one(learner)
     lines = [json.loads(line) for line in state["history"]]
-    if not any(m["updates"] for m in lines):
+    if not any(learned(m) for m in lines):
         say("nothing was learned, the model is as it was: " + advice(lines[-1]))
     say(f"{summary['seconds']:.0f} s. The model is in {out}/model, figures in {out}/summary.json.")
     command = f"    python {sys.argv[0]}"
@@ -1004,7 +1013,7 @@ metrics.jsonl has a line per iteration:
     drawn_episodes               episodes drawn to train on
     trained_episodes, trained_tokens     in updates: episodes with an advantage; all tokens
     updates, refused_updates     optimiser steps; those refused, as the gradient was not finite
-    taken_back                   1 if the last one was undone, see `learn`
+    taken_back                   1 if the last one was undone: it made what it paid for unlikely
     loss, entropy, clip_share    per token, means over the updates; clip_share: where it was clipped
     logprob_gap, grad_norm       mean |log ratio|; the gradient's norm before it was shortened
     rollout_gap                  mean |log-probability when sampled - when scored|, in bfloat16
