@@ -510,10 +510,10 @@ class Tree:
     def __init__(self, instructions, texts, device):
         start = len(instructions)
         tokens = np.array(pad(texts, -1))  # (texts, longest)
-        paths = np.zeros_like(tokens)  # of each text, its nodes
+        paths = np.zeros_like(tokens)  # of each text, its nodes; padding, which none sees, is 0
         ids = list(instructions)
         positions = list(range(start))
-        places = []  # of each node, the first of its places: further ones may be padding
+        places = []  # of each node, its first place in the paths
         before = np.zeros(len(texts), int)  # the node before, which is the same for all at first
         for depth, column in enumerate(tokens.T):
             (there,) = np.nonzero(column >= 0)
@@ -521,10 +521,10 @@ class Tree:
             _, first, node = np.unique(nodes, return_index=True, return_inverse=True)
             before[there] = len(ids) + node
             paths[there, depth] = len(ids) + node
-            first = there[first]  # a text of each node
-            ids += column[first].tolist()
-            positions += [start + depth] * len(first)
-            places += (first * len(tokens.T) + depth).tolist()
+            text = there[first]  # a text of each node
+            ids += column[text].tolist()
+            positions += [start + depth] * len(text)
+            places += (text * len(tokens.T) + depth).tolist()
 
         self.ids = torch.tensor([ids], device=device)
         self.positions = torch.tensor([positions], device=device)

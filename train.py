@@ -187,8 +187,8 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
     """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
 
     Ours: once the mean |log ratio| to the policy that played is above `max_gap`, that gradient is
-    thrown away, and the iteration has no more updates. And if the last one has made what it paid
-    for less likely, by more than that, it is taken back: one step can undo what hundreds taught.
+    thrown away, and the iteration has no more updates. Where tokens with A > 0 are then less likely
+    than when played, by more than that, the last is undone: one step can undo what hundreds taught.
     """
     s = learner.settings
     if not drawn:
@@ -330,16 +330,14 @@ def accumulate_gradient(trainee, episodes, s, entropy_coef, can_stop):
 
 @torch.no_grad()
 def mean_log_ratio(trainee, episodes, s):
-    """Of the episodes' tokens, now and when they were sampled; 0 where there are none.
-
-    Every process works it out for itself: their trainees must make the same passes.
-    """
+    """Of the episodes' tokens, now and when they were sampled; 0 where there are none."""
     steps = [step for episode in episodes for step in episode]
     total = 0.0
-    for batch in msgrpo.micro_batches(steps, s.micro_batch_tokens):
-        total += trainee.score([step.answer for step in batch])[0].sum().item()
-        total -= sum(sum(step.answer.logprobs) for step in batch)
-    return total / max(1, msgrpo.count_tokens(steps))
+    for batch, weight in share_passes(steps, s.micro_batch_tokens):
+        now = trainee.score([step.answer for step in batch])[0].sum().item()
+        sampled = sum(sum(step.answer.logprobs) for step in batch)
+        total += weight * (now - sampled)
+    return sum(gather([total])) / max(1, msgrpo.count_tokens(steps))
 
 
 def choose_maps(s, replay_pool, rng):
@@ -446,10 +444,13 @@ class Status:
             if not self.text:
                 continue
             line = f"{self.text}{self.more}, {time.perf_counter() - self.since:.0f} s"
-            if self.is_terminal:
-                print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-            else:
-                print(line, flush=True)
+            try:
+                if self.is_terminal:
+                    print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+                else:
+                    print(line, flush=True)
+            except OSError:  # nobody reads it any more: `say` sees to that
+                return
 
     def doing(self, text):
         self.text = text
@@ -551,7 +552,10 @@ class Learner:
 
     @torch.no_grad()
     def take_back(self):
-        """Undo the last update, which AdamW's moments tell, and forget the momentum to it."""
+        """Undo the last update of the weights, up to rounding: AdamW's moments tell what it was.
+
+        The first moment, which would go there again, becomes 0; the second stays as it is.
+        """
         group = self.optimizer.param_groups[0]
         beta1, beta2 = group["betas"]
         for weight, state in self.optimizer.state.items():
