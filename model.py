@@ -399,7 +399,7 @@ class LanguageAgent:
         distinct, rows = unique(prompts)
         rows = torch.tensor(rows, device=self.device)
         table, keys_values, slots, lengths = self.read_prompts(distinct)
-        ensure(not table.isnan().any(), "the model's probabilities are not numbers")
+        ensure(not table.isnan().any(), "probabilities are not numbers; lower --learning-rate")
         table = table[rows]  # from here on a row for each answer
 
         tokens = torch.full((len(prompts), self.max_new_tokens), -1, device=self.device)

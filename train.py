@@ -412,6 +412,8 @@ class Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if RANK > 0:
+            return
         try:  # not by print, as this may have interrupted one
             os.write(sys.stderr.fileno(), b"\nstopping: the state is saved first\n")
         except OSError:
