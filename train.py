@@ -59,7 +59,7 @@ from frozenlake import SCENARIOS, FrozenLake
 IMPORTED.set()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if lm.bfloat16_is_fast(DEVICE) else "float32"
-RECOMPUTE = "layers" if DEVICE == "cuda" else "parts"  # a GPU has little memory, and time
+RECOMPUTE = "layers" if DEVICE == "cuda" else "parts"  # a GPU is short of memory, not of speed
 
 
 def setting(default, text, low=0, high=1e18, choices=None):
