@@ -306,12 +306,14 @@ class Cache:
         return out.reshape(q.shape)
 
     def take(self, rows):
-        """Keep these answers, in this order."""
+        """Keep these answers, in this order; one can be taken several times."""
+        if torch.equal(rows, self.row_ids):
+            return
         # In a loop, so that one layer is held twice, not all
         for layer, (k, v) in enumerate(self.keys_values):
             self.keys_values[layer] = k[rows], v[rows]
         self.positions = self.positions[rows]
-        self.row_ids = self.row_ids[: len(rows)]
+        self.row_ids = torch.arange(len(rows), device=rows.device)
 
 
 def sample(table, uniforms):
@@ -397,10 +399,9 @@ class LanguageAgent:
         """An answer to each observation; uniforms (observations, max_new_tokens), None: greedy."""
         prompts = [self.encode(state) for state in observations]
         distinct, rows = unique(prompts)
-        rows = torch.tensor(rows, device=self.device)
+        rows = torch.tensor(rows, device=self.device)  # of each answer, in the batch
         table, keys_values, slots, lengths = self.read_prompts(distinct)
         ensure(not table.isnan().any(), "probabilities are not numbers; lower --learning-rate")
-        table = table[rows]  # from here on a row for each answer
 
         tokens = torch.full((len(prompts), self.max_new_tokens), -1, device=self.device)
         logprobs = torch.zeros(len(prompts), self.max_new_tokens, device=self.device)
@@ -409,30 +410,37 @@ class LanguageAgent:
         cache = None
         step = None
         for t in range(self.max_new_tokens):
-            token = sample(table, None if uniforms is None else uniforms[in_batch, t])
+            of_answers = table[rows]  # (answers in the batch, size)
+            token = sample(of_answers, None if uniforms is None else uniforms[in_batch, t])
             tokens[in_batch, t] = torch.where(unfinished, token, -1)
-            logprobs[in_batch, t] = table.gather(1, token[:, None])[:, 0]
+            logprobs[in_batch, t] = of_answers.gather(1, token[:, None])[:, 0]
             unfinished = unfinished & ~torch.isin(token, self.end_ids)
             count = int(unfinished.sum())
             if t + 1 == self.max_new_tokens or count == 0:
                 break
             if cache is None:
-                cache = Cache(keys_values, slots[rows], lengths[rows], self.max_new_tokens)
-            if self.should_shrink(count, len(in_batch)):
+                cache = Cache(keys_values, slots, lengths, self.max_new_tokens)
+            if step is None or not self.captures or count <= len(in_batch) // 2:
                 kept = unfinished.nonzero()[:, 0]
-                token = token[kept]
                 in_batch = in_batch[kept]
                 unfinished = unfinished[kept]
-                cache.take(kept)
-                step = None
-            if step is None:
+                origin, token, rows = self.branch(rows[kept], token[kept])
+                cache.take(origin)
                 step = capture(self.read_token, token, cache) if self.captures else self.read_token
             table = step(token, cache)
         return self.answers(prompts, tokens.tolist(), logprobs.tolist())
 
-    def should_shrink(self, unfinished, rows):
-        """Whether ended answers leave the batch; where a step is captured, once half have ended."""
-        return unfinished <= rows // 2 if self.captures else unfinished < rows
+    def branch(self, rows, tokens):
+        """The next batch, for answers in these rows that go on with these tokens (answers,).
+
+        Returns where each of its rows comes from, its token, and the row of each answer. Answers
+        that are equal so far share a row, unless a step is captured: then the batch keeps its size.
+        """
+        if self.captures:
+            return rows, tokens, torch.arange(len(rows), device=self.device)
+        pairs = torch.stack([rows, tokens])
+        (origin, token), rows = pairs.unique(dim=1, return_inverse=True)
+        return origin, token, rows
 
     def read_prompts(self, prompts):
         """Run prompts: the table of each one's first new token, and what `Cache` needs of them."""
@@ -957,12 +965,6 @@ QWEN_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The tiny tokenizer's: a line of prose, whole, as attention to constants costs time; a tag; the
-# first cell of a line, but not behind a blank line, where a prompt falls into instructions and
-# state; a word, number or symbol with the space before it; white space.
-TINY_PIECES = (
-    r"[A-Z][a-z][^\n]*|</?[a-z]+>|(?<!\n)\n[A-Z_](?= )| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
-)
 BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -1273,18 +1275,21 @@ def tokenizer_json(vocab, merges, added, pre_tokenizer, normalizer=None, whole_p
     return json.dumps(raw).encode()
 
 
-def tiny_tokenizer(texts, end):
-    """A Tokenizer of the 256 bytes and the pieces of some texts, of which `end` ends an answer."""
+def tiny_tokenizer(texts, end, pieces):
+    """A Tokenizer of the 256 bytes and the pieces of some texts, of which `end` ends an answer.
+
+    pieces: the regular expression that cuts a text into them.
+    """
     vocab = {CHAR_OF[byte]: byte for byte in range(256)}
     for text in texts:
-        for piece in re.findall(TINY_PIECES, text):
+        for piece in re.findall(pieces, text):
             name = "".join(CHAR_OF[byte] for byte in piece.encode())
             vocab.setdefault(name, len(vocab))
     merges = []  # all that tiktoken finds
     for name in vocab:
         pairs = [(name[:i], name[i:]) for i in range(1, len(name))]
         merges += [pair for pair in pairs if vocab.keys() >= set(pair)]
-    data = tokenizer_json(vocab, merges, [], split_by(TINY_PIECES), whole_pieces=True)
+    data = tokenizer_json(vocab, merges, [], split_by(pieces), whole_pieces=True)
     return Tokenizer(data, end_ids=[vocab[end]])
 
 

@@ -564,15 +564,19 @@ def test_finished_games_leave_the_batch():
 
 
 def test_finished_answers_leave_the_batch():
-    """And what prompts share is run once; the batch ends with its last answer."""
+    """And what prompts share, and answers so far, is run once; the last answer ends the batch."""
     agent = corridor_agent(max_new_tokens=30)
     read = len(INSTRUCTION_IDS) + 4 + 3  # "from" begins both prompts
     passes = watch_passes(agent.model)
     uniforms = np.random.default_rng(0).random((20, 30))
     answers = agent.act(["from 2 go west", "from 3 go east"] * 10, uniforms)
     lengths = [len(answer.response) for answer in answers]
-    going = [sum(length > t for length in lengths) for t in range(1, max(lengths))]
-    assert passes == [(1, read)] + [(rows, 1) for rows in going]
+    rows = []
+    for t in range(1, max(lengths)):
+        going = [answer for answer in answers if len(answer.response) > t]
+        rows.append(len({(answer.prompt, answer.response[:t]) for answer in going}))
+    assert passes == [(1, read)] + [(count, 1) for count in rows]
+    assert rows[0] < 20 == len(answers)
     assert min(lengths) < max(lengths) < 30
 
 
@@ -1274,17 +1278,20 @@ def test_the_learning_rate_rises_then_falls():
     assert found == pytest.approx([0.2, 1.0, 2.0, 1.5, 1.0])
 
 
-def test_an_imagined_episode_is_as_good_as_the_mean_of_all_or_the_worst():
+def test_imagined_episodes_are_as_good_as_the_mean_of_all_or_the_worst():
     """Means with it: (0 + .5) / 3, (1 + .5) / 3, and equal returns."""
     returns = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
-    settings = tiny_settings(group_size=2, imagine=True, normalize_std=False)
+    settings = tiny_settings(group_size=2, imagine=1, normalize_std=False)
     found = train.group_advantages(returns, settings)
     expected = torch.tensor([[-1 / 6, -1 / 6], [0.5, -0.5], [0, 0]])
     torch.testing.assert_close(found, expected)
     assert found[2].tolist() == [0, 0]
+    settings = tiny_settings(group_size=2, imagine=2, normalize_std=False)
+    twice = train.group_advantages(returns, settings)
+    torch.testing.assert_close(twice, torch.tensor([[-0.25, -0.25], [0.5, -0.5], [0, 0]]))
     penalties = torch.full((64, 8), -5.6)  # float32's mean of these is another number
     assert not train.group_advantages(penalties, tiny_settings()).any()
-    settings = tiny_settings(group_size=2, imagine=False, normalize_std=False)
+    settings = tiny_settings(group_size=2, imagine=0, normalize_std=False)
     plain = train.group_advantages(returns, settings)
     assert plain.tolist() == [[0, 0], [0.5, -0.5], [0, 0]]
 
@@ -1322,7 +1329,7 @@ def test_the_books_of_an_iteration(monkeypatch):
     monkeypatch.setattr(train, "learn", lambda *args: [])
     script = iter(["right", "right", "right", "left", "right", "right"] + ["right", "right"])
     policy = ByRule(lambda text: next(script, "left"))
-    settings = tiny_settings(groups=3, group_size=2, replay=0.4, imagine=False)
+    settings = tiny_settings(groups=3, group_size=2, replay=0.4, imagine=0)
     failed = [["SFG"]] * 300
     metrics = train.iterate(policy, None, SimpleNamespace(settings=settings), 5, failed)
     # On SFG both win in two steps, on SG one wins in a step, the other goes left eight times, on SH
@@ -1779,7 +1786,7 @@ CHANGES = {  # for every setting flags that QUICK has not
     "max_new_tokens": "--max-new-tokens 2",
     "invalid_penalty": "--invalid-penalty 5",
     "max_gap": "--max-gap 0",
-    "imagine": "--imagine",
+    "imagine": "--imagine 2",
     "entropy_floor": "--entropy-floor 9",
     "replay": "--replay 1",
     "warmup_steps": "--warmup-steps 1",
@@ -2148,7 +2155,7 @@ def test_a_run_that_learned_nothing_says_why(warm, tmp_path, capsys):
 
 def test_a_run_whose_steps_are_too_long_says_so(warm, tmp_path, capsys):
     """Each is undone, so that nothing is lost."""
-    flags = "--iterations 3 --learning-rate 5 --update-episodes 99 --invalid-penalty 1"
+    flags = "--iterations 3 --learning-rate 5 --max-gap 1 --update-episodes 99 --invalid-penalty 1"
     assert start(warm, tmp_path / "a", flags) == 0
     assert all(record["taken_back"] for record in read_metrics(tmp_path / "a"))
     assert capsys.readouterr().out.count("Lower --learning-rate") == 2  # on the way, at the end
@@ -2403,7 +2410,7 @@ def edit(path, **changes):
 
 def small_model():
     texts = ["<action>", "left", " left", "P", " _", "\n", " G", " é", "</action>"]
-    tokenizer = lm.tiny_tokenizer(texts, "</action>")
+    tokenizer = lm.tiny_tokenizer(texts, "</action>", r"<?/?\w+>?| ?\w+|\s")
     torch.manual_seed(0)
     config = lm.Config("llama", tokenizer.size, 16, 24, 1, 2, 1, 8, tie_word_embeddings=True)
     return lm.Transformer(config), tokenizer
@@ -2840,9 +2847,11 @@ def test_tiny_tokenizer_and_save(tmp_path):
 
 
 def test_tiny_prompt_is_plain_text():
-    tokenizer = lm.tiny_tokenizer(["Go left.\n", "P _ O G\n_ \nP ", "<action>"], "<action>")
+    texts = ["Go left.\n", "P _ P _\n_ G", "<action>"]
+    tokenizer = lm.tiny_tokenizer(texts, "<action>", train.TINY_PIECES)
     state = "P _\n_ G"
     ids = [*tokenizer.encode("Go left."), 10, 10, *tokenizer.encode(state), 10]
+    assert len(tokenizer.encode(state)) == 2  # pairs of cells
     assert tokenizer.prompt("Go left.\n\n" + state) == ids
     assert tokenizer.prefix("Go left.") + tokenizer.suffix(state) == ids
     assert "no chat template" in tokenizer.describe_prompt()

@@ -14,6 +14,7 @@ group, episode), not from what was drawn before: on a CPU, a resumed run goes on
 import argparse
 import copy
 import difflib
+import itertools
 import json
 import os
 import re
@@ -82,7 +83,7 @@ class Settings:
     groups: int = setting(2, "Play X groups an iteration, each on its own map [author]", 1)
     group_size: int = setting(16, "Play X episodes in a group, all on its map [author]", 2)
     normalize_std: bool = setting(True, "Divide advantages by the group's standard deviation")
-    imagine: bool = setting(False, "Compare with an imagined episode of mean return as well")
+    imagine: int = setting(0, "Compare with X imagined episodes of mean return as well", 0, 1e6)
     gamma: float = setting(1.0, "Fade credit by X a step, from the end back; paper: 1", 0, 1)
     sampling: str = setting("aaw", "Draw episodes by this rule", choices=("aaw", "uniform", "all"))
     keep: float = setting(0.5, "Draw this share of the episodes, by aaw and uniform", 1e-9, 1)
@@ -354,15 +355,15 @@ def choose_maps(s, replay_pool, rng):
 
 
 def group_advantages(returns, s):
-    """Advantages (groups, G). Ours: with `imagine`, each group has one more episode.
+    """Advantages (groups, G). Ours: each group has `imagine` more episodes, which nobody played.
 
-    It is as good as the mean of all groups, or as the group's worst where that is better. So what
-    always fails becomes less likely, and what always wins keeps A = 0.
+    They are as good as the mean of all groups, or as the group's worst where that is better. So
+    what always fails becomes less likely, and what always wins keeps A = 0.
     """
-    if s.imagine:
-        mean = returns.double().mean().item()  # else equal returns may differ from their mean
-        imagined = returns.amin(1, keepdim=True).clamp(min=mean)
-        returns = torch.cat([returns, imagined], 1)
+    mean = returns.double().mean().item()  # else equal returns may differ from their mean
+    worst = returns.amin(1, keepdim=True)
+    imagined = worst.clamp(min=mean).expand(-1, s.imagine)
+    returns = torch.cat([returns, imagined], 1)
     return msgrpo.episode_advantages(returns, s.normalize_std)[:, : s.group_size]
 
 
@@ -624,13 +625,13 @@ def shard(model, dtype, device):
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=240,
+    iterations=150,
     groups=64,  # many maps, few episodes of each
     group_size=8,
     update_episodes=64,
     normalize_std=False,  # the std blows up groups that are nearly all alike
-    imagine=True,  # groups that always fail would teach nothing
-    entropy_floor=0.15,  # keeps groups mixed
+    imagine=8,  # groups that always fail would teach nothing
+    entropy_floor=0.2,  # keeps groups mixed
     replay=0.25,  # late in training, most new groups are all alike and teach nothing
     invalid_penalty=0.5,  # keeps the answers' form
     learning_rate=2e-3,
@@ -638,7 +639,7 @@ TINY = dict(  # what differs for a model that is born here, and why
     grad_clip=0.1,  # gradients grow tenfold when the model begins to look at the map
     temperature=1.0,
     max_new_tokens=3,
-    warmup_steps=200,
+    warmup_steps=100,
     dtype="float32",
     device="cpu",
     recompute="nothing",  # a small model has memory enough
@@ -646,14 +647,21 @@ TINY = dict(  # what differs for a model that is born here, and why
 )
 
 
+# Where text is cut into the tiny model's tokens: a line of prose, whole, as attention to constants
+# costs time; a tag; two cells of a board, with the newline or the space before them, but not behind
+# a blank line, where a prompt falls into instructions and state; a word, number, symbol or space.
+TINY_PIECES = r"[A-Z][a-z][^\n]*|</?[a-z]+>|(?:(?<!\n)\n| )?[A-Z_] [A-Z_]|\w+|[^\s\w<]|\s|<"
+
+
 def tiny_start(s):
     """A new tiny model and its tokenizer, whose words are the game's."""
-    texts = ["P _ O G\n_ \nP \nO \nG "]
+    pairs = [f"{left} {right}" for left, right in itertools.product("P_OG", repeat=2)]
+    texts = [f"{pair} {pair}\n{pair}" for pair in pairs]  # where a board, a half, a row begins
     texts += [f"<action>{word}</action>" for word in frozenlake.ACTIONS]
     for name, scenario in SCENARIOS.items():
         desc = frozenlake.random_map(scenario.size, 1, generator())
         texts.append(s.lake(desc, scenario=name).instructions)
-    tokenizer = lm.tiny_tokenizer(texts, "</action>")
+    tokenizer = lm.tiny_tokenizer(texts, "</action>", TINY_PIECES)
     config = lm.Config(
         "llama",
         tokenizer.size,

@@ -107,7 +107,7 @@ import torch
 import model as lm
 import msgrpo
 from frozenlake import ACTIONS
-from games import TASKS, texts
+from games import PIECES, TASKS, texts
 
 OUT = Path(__file__).resolve().parent / "credit"
 GROUP_SIZE = 8
@@ -122,7 +122,7 @@ TUNED_ON = {"key 5": "key 10", "slippery": "lake", "cost": "lake"}
 
 
 def tokenizer():
-    return lm.tiny_tokenizer(texts(), "</action>")
+    return lm.tiny_tokenizer(texts(), "</action>", PIECES)
 
 
 def make_model(seed, words):

@@ -163,6 +163,13 @@ TASKS = {
 }
 
 
+# How a tiny tokenizer cuts them: a line of prose; a tag; the first cell of a board's line; a word,
+# number or symbol with the space before it; white space.
+PIECES = (
+    r"[A-Z][a-z][^\n]*|</?[a-z]+>|(?<!\n)\n[A-Z_](?= )| ?[A-Za-z]+| ?[0-9]+| ?[^\s<A-Za-z0-9]|\s|<"
+)
+
+
 def texts():
     """Texts with all words of all games: what the tiny tokenizer is made of."""
     rng = np.random.default_rng(0)
