@@ -438,8 +438,7 @@ class LanguageAgent:
         """
         if self.captures:
             return rows, tokens, torch.arange(len(rows), device=self.device)
-        pairs = torch.stack([rows, tokens])
-        (origin, token), rows = pairs.unique(dim=1, return_inverse=True)
+        (origin, token), rows = torch.stack([rows, tokens]).unique(dim=1, return_inverse=True)
         return origin, token, rows
 
     def read_prompts(self, prompts):

@@ -2847,14 +2847,24 @@ def test_tiny_tokenizer_and_save(tmp_path):
 
 
 def test_tiny_prompt_is_plain_text():
-    texts = ["Go left.\n", "P _ P _\n_ G", "<action>"]
+    texts = ["Go left.\n", "P _ P _\nP _", "<action>"]
     tokenizer = lm.tiny_tokenizer(texts, "<action>", train.TINY_PIECES)
-    state = "P _\n_ G"
+    state = "P _\nP _"
     ids = [*tokenizer.encode("Go left."), 10, 10, *tokenizer.encode(state), 10]
-    assert len(tokenizer.encode(state)) == 2  # pairs of cells
     assert tokenizer.prompt("Go left.\n\n" + state) == ids
     assert tokenizer.prefix("Go left.") + tokenizer.suffix(state) == ids
     assert "no chat template" in tokenizer.describe_prompt()
+
+
+@pytest.mark.parametrize("size", (4, 6))
+def test_a_board_is_read_by_pairs_of_cells(size):
+    """Whatever stands in them."""
+    _, tokenizer = train.tiny_start(tiny_settings())
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        rows = [" ".join(rng.choice(list("P_OG"), size)) for _ in range(size)]
+        ids = tokenizer.suffix("\n".join(rows))
+        assert len(ids) == size * size // 2 + 1  # and the newline at the end
 
 
 # Prompts
