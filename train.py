@@ -669,7 +669,7 @@ def tiny_start(s):
         "llama",
         tokenizer.size,
         hidden_size=64,
-        intermediate_size=128,
+        intermediate_size=256,
         num_hidden_layers=s.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
