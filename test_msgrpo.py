@@ -1262,7 +1262,7 @@ def test_an_update_that_unlearns_is_taken_back(credit, rate, undone):
     answers = trainee.act(["P _"] * 16, uniforms)
     episodes = [[Step(answer, credit=credit)] for answer in answers]
     trainee.score(answers)[0].sum().backward()
-    learner.update(1e-4)  # so that there are moments
+    learner.update(1e-5)  # so that there are moments
     before = weights_of(learner.master)
     advantages = torch.full((16,), credit)
     updates = train.learn(trainee, learner, episodes, advantages, list(range(16)), rate)
