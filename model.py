@@ -251,62 +251,63 @@ def log_probabilities(x, weight, temperature):
 class Cache:
     """Keys and values of a batch of answers while they are sampled.
 
-    A token's slot is its position, and it sees the slots up to its own:
+    A row is an answer so far; several answers may share it until they differ. A token's slot is its
+    position, and it sees the slots up to its own:
 
         instructions and prompt, padded | new tokens
 
     An answer to a short prompt is written over the prompt's padding: so padding is never seen. All
-    slots are there from the start. While no answer ends, no shape changes and tokens are written in
+    slots are there from the start. Between two `take`, no shape changes and tokens are written in
     place, so that `capture` can record a step.
     """
 
     def __init__(self, keys_values, slots, lengths, new_tokens):
         """keys_values: one (keys, values) per layer, each (1, groups, tokens, head_dim).
 
-        slots (answers, width): where among those tokens each answer's prompt stands, padded.
-        lengths (answers,): its tokens, without padding.
+        slots (rows, width): where among those tokens each row's prompt stands, padded.
+        lengths (rows,): its tokens, without padding.
         """
         size = slots.shape[1] + new_tokens
         self.size = math.ceil(size / 16) * 16  # else each layer's attention would pad the mask
-        self.positions = lengths - 1  # (answers,) of the last token so far
+        self.positions = lengths - 1  # (rows,) of the last token so far
         self.row_ids = torch.arange(len(slots), device=slots.device)
         self.keys_values = [
             (self.allocate(k, slots), self.allocate(v, slots)) for k, v in keys_values
         ]
 
     def allocate(self, x, slots):
-        answers, width = slots.shape
-        found = x.new_zeros(answers, x.shape[1], self.size, x.shape[3])
+        rows, width = slots.shape
+        found = x.new_zeros(rows, x.shape[1], self.size, x.shape[3])
         found[:, :, :width] = gather(x, slots)
         return found
 
     def advance(self):
         """Go on to the next token: its position, and the mask that lets it see the slots so far."""
         self.positions += 1
-        keys = self.keys_values[0][0]  # (answers, groups, slots, head_dim)
+        keys = self.keys_values[0][0]  # (rows, groups, slots, head_dim)
         slots = torch.arange(self.size, device=keys.device)
-        is_later = slots > self.positions[:, None]  # (answers, slots)
+        is_later = slots > self.positions[:, None]  # (rows, slots)
         mask = torch.zeros(is_later.shape, dtype=keys.dtype, device=keys.device)
         mask = mask.masked_fill(is_later, -torch.inf)
         self.mask = mask.repeat_interleave(keys.shape[1], 0)[:, None, None]
 
     def attend(self, layer, q, k, v):
-        """Write a new token's k and v (answers, groups, 1, head_dim), and attend to all slots.
+        """Write a new token's k and v (rows, groups, 1, head_dim), and attend to all slots.
 
-        q (answers, heads, 1, head_dim) -> the same shape. A group is run as if it were an answer
-        with a single head, and its heads as if they were tokens: so no key is copied.
+        q (rows, heads, 1, head_dim) -> the same shape. A group is run as if it were a row with
+        a single head, and its heads as if they were tokens: so no key is copied.
         """
         all_k, all_v = self.keys_values[layer]
         all_k[self.row_ids, :, self.positions] = k[:, :, 0]
         all_v[self.row_ids, :, self.positions] = v[:, :, 0]
-        all_k = all_k.flatten(0, 1)[:, None]  # (answers * groups, 1, slots, head_dim)
+        all_k = all_k.flatten(0, 1)[:, None]  # (rows * groups, 1, slots, head_dim)
         all_v = all_v.flatten(0, 1)[:, None]
         heads = q.reshape(len(all_k), 1, -1, q.shape[3])  # (..., 1, heads of a group, head_dim)
         out = F.scaled_dot_product_attention(heads, all_k, all_v, attn_mask=self.mask)
         return out.reshape(q.shape)
 
     def take(self, rows):
-        """Keep these answers, in this order; one can be taken several times."""
+        """Keep these rows, in this order; one can be taken several times."""
         if torch.equal(rows, self.row_ids):
             return
         # In a loop, so that one layer is held twice, not all
@@ -399,7 +400,7 @@ class LanguageAgent:
         """An answer to each observation; uniforms (observations, max_new_tokens), None: greedy."""
         prompts = [self.encode(state) for state in observations]
         distinct, rows = unique(prompts)
-        rows = torch.tensor(rows, device=self.device)  # of each answer, in the batch
+        rows = torch.tensor(rows, device=self.device)  # of each answer
         table, keys_values, slots, lengths = self.read_prompts(distinct)
         ensure(not table.isnan().any(), "probabilities are not numbers; lower --learning-rate")
 
@@ -452,7 +453,7 @@ class LanguageAgent:
         return table, tree.keys_values, tree.slots, len(self.instructions) + lengths
 
     def read_token(self, token, cache):
-        """Run the next token (answers,) of each answer: the table of the one after it."""
+        """Run the next token (rows,) of each row: the table of the one after it."""
         cache.advance()
         x = self.model.hidden(token[:, None], cache.positions[:, None], cache)
         return self.next_logprobs(x[:, 0])
