@@ -400,7 +400,7 @@ class LanguageAgent:
         """An answer to each observation; uniforms (observations, max_new_tokens), None: greedy."""
         prompts = [self.encode(state) for state in observations]
         distinct, rows = unique(prompts)
-        rows = torch.tensor(rows, device=self.device)  # of each answer
+        rows = torch.tensor(rows, device=self.device)  # each answer's row of the table
         table, keys_values, slots, lengths = self.read_prompts(distinct)
         ensure(not table.isnan().any(), "probabilities are not numbers; lower --learning-rate")
 

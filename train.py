@@ -656,10 +656,10 @@ TINY_PIECES = r"[A-Z][a-z][^\n]*|</?[a-z]+>|(?:(?<!\n)\n| )?[A-Z_] [A-Z_]|\w+|[^
 def tiny_start(s):
     """A new tiny model and its tokenizer, whose words are the game's.
 
-    Two cells are a token: from half of the tokens it learns faster.
+    Two cells are a token: with half of the tokens, 4x4 lakes are learned in less time.
     """
     pairs = [" ".join(cells) for cells in itertools.product("P_OG", repeat=2)]
-    texts = [f"{pair} {pair}\n{pair}" for pair in pairs]  # as a board begins, goes on, has rows
+    texts = [f"{pair} {pair}\n{pair}" for pair in pairs]  # first, after a space, a newline
     texts += [f"<action>{word}</action>" for word in frozenlake.ACTIONS]
     for name, scenario in SCENARIOS.items():
         desc = frozenlake.random_map(scenario.size, 1, generator())
