@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from msgrpo import Answer
+from msgrpo import Answer, common_prefix
 
 # Scoring's tables over the vocabulary have so many numbers, in slices of tokens: 16 and 256 MiB in
 # float32. A GPU is slow where a slice has few tokens
@@ -353,9 +353,8 @@ def pad(rows, value):
 class LanguageAgent:
     """A language-agent policy (msgrpo.Policy): a transformer that reads instructions and a state.
 
-    What texts have in common is run once (`Tree`, further below, draws it): the instructions, which
-    begin every prompt, equal prompts and, when scoring, equal answers. All of this is exact,
-    gradients included.
+    What texts begin with in common is run once (`Tree`, further below, draws it): the instructions,
+    equal prompts and, when scoring, equal answers. All of this is exact, gradients included.
     """
 
     def __init__(
@@ -367,9 +366,10 @@ class LanguageAgent:
         self.max_new_tokens = max_new_tokens
         self.device = next(model.parameters()).device
         self.captures = self.device.type == "cuda"  # a step is captured as one graph
-        self.instructions = tokenizer.prefix(instructions, think)
         self.end_ids = torch.tensor(sorted(tokenizer.end_ids), device=self.device)
-        self.encode = lru_cache(65536)(lambda state: tuple(tokenizer.suffix(state, think)))
+        self.encode = lru_cache(65536)(
+            lambda state: tuple(tokenizer.prompt(f"{instructions}\n\n{state}", think))
+        )
         self.decode = lru_cache(65536)(tokenizer.decode)
         self.refresh()
 
@@ -444,13 +444,13 @@ class LanguageAgent:
 
     def read_prompts(self, prompts):
         """Run prompts: the table of each one's first new token, and what `Cache` needs of them."""
-        tree = Tree(self.instructions, prompts, self.device)
+        tree = Tree(prompts, self.device)
         tree.keys_values = []  # for `Cache`
         x = self.model.hidden(tree.ids, tree.positions, tree)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        last = tree.paths.gather(1, lengths[:, None] - 1)[:, 0]
+        last = tree.slots.gather(1, lengths[:, None] - 1)[:, 0]
         table = self.next_logprobs(x[0, last])
-        return table, tree.keys_values, tree.slots, len(self.instructions) + lengths
+        return table, tree.keys_values, tree.slots, lengths
 
     def read_token(self, token, cache):
         """Run the next token (rows,) of each row: the table of the one after it."""
@@ -476,10 +476,10 @@ class LanguageAgent:
         texts = [prompt + response[:-1] for prompt, response in pairs]
         targets = [(-1,) * (len(prompt) - 1) + response for prompt, response in pairs]
         targets = torch.tensor(pad(targets, -1), device=self.device)  # (texts, longest)
-        tree = Tree(self.instructions, texts, self.device)
+        tree = Tree(texts, self.device)
         x = self.model.hidden(tree.ids, tree.positions, tree)
         is_response = targets >= 0
-        x = x[0, tree.paths[is_response]]  # (response tokens, width)
+        x = x[0, tree.slots[is_response]]  # (response tokens, width)
         logprobs, entropies = self.model.token_logprobs(
             x, targets[is_response], self.tokenizer.size, self.temperature
         )
@@ -501,13 +501,14 @@ def pick(parts, order):
 
 
 class Tree:
-    """Texts behind the same instructions, in which what begins alike is run once.
+    """Texts, in which what begins alike is run once.
 
-        texts        A B C, A B D     behind the instructions I
-        ids          I A B C D        one long row of nodes: tokens with all that stands before them
-        positions    0 1 2 3 3
-        paths        1 2 3, 1 2 4     where each text's nodes stand in the row
-        slots        0 1 2 3, 0 1 2 4     the same, behind the instructions
+        texts        I A B, I A C, I D
+        ids          I A D B C            one long row of nodes: tokens with all that is before them
+        positions    0 1 1 2 2
+        slots        0 1 3, 0 1 4, 0 2    where each text's nodes stand in the row
+        shared       0                    the nodes that begin all texts: the instructions
+        paths        1 3, 1 4, 2          the others
 
     Only attention takes the texts apart: it gathers each one's nodes, and a node that several texts
     share takes the result of one of them.
@@ -515,11 +516,12 @@ class Tree:
 
     keys_values = None  # a list: `attend` adds each layer's, (1, groups, nodes, head_dim)
 
-    def __init__(self, instructions, texts, device):
-        start = len(instructions)
-        tokens = np.array(pad(texts, -1))  # (texts, longest)
+    def __init__(self, texts, device):
+        shared = common_prefix([text[:-1] for text in texts])  # so that each text has more
+        start = len(shared)
+        tokens = np.array(pad([text[start:] for text in texts], -1))  # (texts, longest)
         paths = np.zeros_like(tokens)  # of each text, its nodes; padding, which none sees, is 0
-        ids = list(instructions)
+        ids = list(shared)
         positions = list(range(start))
         places = []  # of each node, its first place in the paths
         before = np.zeros(len(texts), int)  # the node before, which is the same for all at first
@@ -542,7 +544,7 @@ class Tree:
         self.slots = torch.cat([self.shared.expand(len(texts), -1), self.paths], 1)
 
     def attend(self, layer, q, k, v):
-        """`causal_attention` of each node: q (1, heads, instructions and nodes, head_dim)."""
+        """`causal_attention` of each node: q (1, heads, nodes, head_dim)."""
         if self.keys_values is not None:
             self.keys_values.append((k, v))
         shared = self.attend_at(self.shared, self.shared, q, k, v)
@@ -1092,8 +1094,7 @@ def first_tokens(post_processor):
 
 # Two code points that are no characters, by Unicode's promise:
 QUOTE = "\ufdd0"  # breaks what spells a control token in a user's text
-CUT = "\ufdd1"  # stands where a prompt is cut into instructions and state
-STATES = ("P _", "_ P", "O P", "G P")  # how the game's states begin
+MARK = "\ufdd1"  # stands for a text whose place in a chat is looked for
 
 
 def raise_exception(message):
@@ -1170,10 +1171,10 @@ class Tokenizer:
         """From now on prompts are chats by this jinja2 template. Call it inside `blaming`."""
         self.template = compile_template(text)
         self.first_ids = []  # the template writes them itself
-        self.prefix("Go.")  # raises where the template is of no use
-        answer = {"role": "assistant", "content": CUT}
+        ensure(MARK in self.chat(MARK), "the chat template does not give the user's text")
+        answer = {"role": "assistant", "content": MARK}
         chat = self.render([{"role": "user", "content": "Go."}, answer])
-        after = self.encode_chat(chat.partition(CUT)[2])
+        after = self.encode_chat(chat.partition(MARK)[2])
         self.end_ids |= {*after[:1]} & {*self.special.values()}  # what ends the assistant's turn
 
     def render(self, messages, think=False, add_generation_prompt=False):
@@ -1191,12 +1192,6 @@ class Tokenizer:
     def quote(self, text):
         """Text in which control tokens are broken, so that `encode_chat` takes them as text."""
         return self.begin_of_special.sub(rf"\g<0>{QUOTE}", text)
-
-    def cut(self, chat):
-        """Both sides of the cut in a rendered chat."""
-        parts = chat.split(CUT)
-        ensure(len(parts) == 2, "the chat template does not give the user's text once")
-        return parts
 
     def encode_pieces(self, text):
         """Ids of text without added tokens. Bytes that the vocabulary lacks are dropped."""
@@ -1224,7 +1219,7 @@ class Tokenizer:
         """Text of ids. Ids of no token are left out, and broken UTF-8 becomes U+FFFD."""
         return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", "replace")
 
-    def chat(self, text, think):
+    def chat(self, text, think=False):
         """A prompt as text. Without a template it is the user's text and a newline (ours)."""
         text = self.quote(text)
         if self.template is None:
@@ -1235,23 +1230,6 @@ class Tokenizer:
     def prompt(self, text, think=False):
         """Ids of the whole prompt around a user's text. think is the template's enable_thinking."""
         return self.first_ids + self.encode_chat(self.chat(text, think))
-
-    def prefix(self, instructions, think=False):
-        """Ids of a prompt up to its state: prefix(instructions) + suffix(state) are the ids of
-        prompt(instructions + "\\n\\n" + state). Raises ValueError where a template spoils that."""
-        before, _ = self.cut(self.chat(instructions + "\n\n" + CUT, think))
-        before += "x"  # a blank line may be cut otherwise at the end of a text
-        ids = self.first_ids + self.encode_chat(before)[:-1]
-        for state in STATES:
-            whole = self.prompt(instructions + "\n\n" + state, think)
-            good = ids + self.suffix(state, think) == whole or self.template is None
-            ensure(good, "the chat template's prompt does not fall into instructions and state")
-        return ids
-
-    def suffix(self, state, think=False):
-        """Ids of a prompt from its state on."""
-        _, after = self.cut(self.chat(CUT + state, think))
-        return self.encode_chat(after)
 
     def describe_prompt(self):
         """One line that says what stands around a user's text."""

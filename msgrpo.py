@@ -62,7 +62,7 @@ class Game(Protocol):
 class Answer:
     """What a policy said to one observation, in the very tokens that were sampled."""
 
-    prompt: tuple[int, ...]  # what stands behind the instructions
+    prompt: tuple[int, ...]
     response: tuple[int, ...]  # with the end token, where there is one
     logprobs: list[float] = ()  # of each response token when it was sampled
     text: str = ""  # of the response
@@ -200,20 +200,31 @@ def policy_loss(logprobs, old_logprobs, credit, entropies, clip=0.2, entropy_coe
     return loss, clipped_objective < objective
 
 
+def common_prefix(texts):
+    """The longest beginning that all of these tuples share."""
+    first = min(texts, default=())
+    last = max(texts, default=())  # of all texts, it shares least with the first
+    length = 0
+    while length < len(first) and first[length] == last[length]:
+        length += 1
+    return first[:length]
+
+
 def micro_batches(steps, budget):
     """The steps in lists of about `budget` tokens, those of similar length together.
 
     Equal answers to equal prompts stay in one list and count once, as `Policy.score` runs them
-    once. The instructions, which a list has once, do not count.
+    once. What all prompts begin with, the instructions, does not count.
     """
     alike = {}
     for step in steps:
         pair = (step.answer.prompt, step.answer.response)
         alike.setdefault(pair, []).append(step)
+    shared = len(common_prefix([prompt for prompt, _ in alike]))
     batches = []
     room = 0
     for prompt, response in sorted(alike, key=lambda pair: (len(pair[1]), len(pair[0]), pair)):
-        tokens = len(prompt) + len(response)
+        tokens = len(prompt) - shared + len(response)
         if tokens > room:
             batches.append([])
             room = budget

@@ -303,7 +303,8 @@ def share_passes(steps, budget):
 
     All processes must make the same number of passes: one without work repeats a step, of weight 0.
     """
-    total = sum(len(step.answer.prompt) + len(step.answer.response) for step in steps)
+    shared = len(msgrpo.common_prefix([step.answer.prompt for step in steps]))
+    total = sum(len(step.answer.prompt) - shared + len(step.answer.response) for step in steps)
     batches = msgrpo.micro_batches(steps, min(budget, total // WORLD + 1))
     passes = [(batch, 1.0) for batch in batches[RANK::WORLD]]
     rounds = -(-len(batches) // WORLD)
@@ -649,7 +650,7 @@ TINY = dict(  # what differs for a model that is born here, and why
 
 # Where text is cut into the tiny model's tokens: a line of prose, whole, as attention to constants
 # costs time; a tag; two cells of a board, with the newline or the space before them, but not behind
-# a blank line, where a prompt falls into instructions and state; a word, a symbol, a space.
+# a blank line; a word, a symbol, a space.
 TINY_PIECES = r"[A-Z][a-z][^\n]*|</?[a-z]+>|(?:(?<!\n)\n| )?[A-Z_] [A-Z_]|\w+|[^\s\w<]|\s|<"
 
 
@@ -700,9 +701,9 @@ def warm_up(trainee, learner):
             lake.state = int(rng.choice([j for j, tile in enumerate(lake.tiles) if tile in "SF"]))
             action = rng.choice(frozenlake.ACTIONS)
             answer = learner.tokenizer.encode(f"<action>{action}</action>")
-            ids = (*trainee.encode(lake.observation()), *answer)
-            texts.append(msgrpo.Answer(prompt=ids[:1], response=ids[1:]))  # all but the first
-        logprobs, _ = trainee.score(texts)
+            texts.append((*trainee.encode(lake.observation()), *answer))
+        start = 1 + len(msgrpo.common_prefix(texts))  # what comes before is not learned
+        logprobs, _ = trainee.score([msgrpo.Answer(ids[:start], ids[start:]) for ids in texts])
         (-logprobs.mean()).backward()
         ramp = min(1, (i + 1) / 10)
         decay = min(1, 2 * (1 - i / s.warmup_steps))
