@@ -444,18 +444,15 @@ class Words:
     size = len(words)
     end_ids = frozenset([0, 1])
 
-    def prefix(self, text, think=False):
-        return [self.words.index(word) for word in text.split()]
-
-    def suffix(self, text, think=False):
-        thought = " or" if think else ""
-        return self.prefix(text + thought)
+    def prompt(self, text, think=False):
+        words = text.split() + ["or"] * think
+        return [self.words.index(word) for word in words]
 
     def decode(self, ids):
         return " ".join(self.words[i] for i in ids)
 
 
-INSTRUCTION_IDS = Words().prefix(Corridor.instructions)
+INSTRUCTION_IDS = Words().prompt(Corridor.instructions)
 
 
 def corridor_agent(std=0.4, max_new_tokens=3, tokenizer=None, device="cpu", **settings):
@@ -526,7 +523,7 @@ def test_rollouts_keep_what_was_sampled():
     for game, episode in zip(corridors(30), episodes, strict=True):
         for step in episode:
             answer = step.answer
-            assert Words().decode(answer.prompt) == game.observation()
+            assert Words().decode(answer.prompt) == f"go west or east {game.observation()}"
             assert Words().decode(answer.response) == answer.text
             assert max(answer.response) < Words.size
             ended = [token in Words.end_ids for token in answer.response]
@@ -541,7 +538,7 @@ def test_rollouts_keep_what_was_sampled():
 
 def test_thinking_changes_the_prompt():
     (answer,) = corridor_agent(think=True).act(["from 2 go west"], None)
-    assert Words().decode(answer.prompt) == "from 2 go west or"
+    assert Words().decode(answer.prompt) == "go west or east from 2 go west or"
 
 
 def test_finished_games_leave_the_batch():
@@ -674,13 +671,35 @@ def test_a_sample_of_chunks_is_that_of_one_cumulative_sum(size):
 
 
 def test_texts_that_begin_alike_are_run_once():
-    """Nodes: the instructions' three tokens, then each distinct beginning, short ones first."""
-    tree = lm.Tree([7, 8, 9], [(1, 2, 3), (1, 2, 4), (1, 5), (1, 2, 3)], "cpu")
-    assert tree.ids.tolist() == [[7, 8, 9, 1, 2, 5, 3, 4]]
-    assert tree.positions.tolist() == [[0, 1, 2, 3, 4, 4, 5, 5]]
-    assert tree.paths[0].tolist() == [3, 4, 6]
-    assert tree.paths[1].tolist() == [3, 4, 7]
-    assert tree.paths[2, :2].tolist() == [3, 5]
+    """Nodes: what begins all texts, then each distinct beginning, short ones first."""
+    tree = lm.Tree([(7, 8, 1, 2, 3), (7, 8, 1, 2, 4), (7, 8, 5), (7, 8, 1, 2, 3)], "cpu")
+    assert tree.ids.tolist() == [[7, 8, 1, 5, 2, 3, 4]]
+    assert tree.positions.tolist() == [[0, 1, 2, 2, 3, 4, 4]]
+    assert tree.shared.tolist() == [[0, 1]]
+    assert tree.paths[[0, 1, 3]].tolist() == [[2, 4, 5], [2, 4, 6], [2, 4, 5]]
+    assert tree.slots[2, :3].tolist() == [0, 1, 3]
+
+
+def test_a_text_that_begins_another_keeps_its_last_token():
+    """What comes after it is predicted for this text alone."""
+    tree = lm.Tree([(7, 8, 9), (7, 8)], "cpu")
+    assert tree.shared.tolist() == [[0]]
+    assert tree.slots[:, :2].tolist() == [[0, 1], [0, 1]]
+    assert lm.Tree([(7, 8)], "cpu").ids.tolist() == [[7, 8]]
+
+
+@pytest.mark.parametrize(
+    "texts, found",
+    [
+        ([], ()),
+        ([(1, 2)], (1, 2)),
+        ([(1, 2, 9), (1, 2), (1, 2, 3)], (1, 2)),
+        ([(2, 1), (1, 1)], ()),
+        ([(5, 1), (), (5, 2)], ()),
+    ],
+)
+def test_common_prefix(texts, found):
+    assert msgrpo.common_prefix(texts) == found
 
 
 def test_a_sample_is_where_the_cumulative_distribution_passes_its_uniform():
@@ -774,17 +793,17 @@ def test_micro_batches_are_within_their_budget(budget, largest):
 
 def test_micro_batches_are_of_similar_length():
     lengths = [5, 1, 4, 2, 3]
-    batches = msgrpo.micro_batches([Step(Answer((1,), (2,) * length)) for length in lengths], 6)
+    batches = msgrpo.micro_batches([Step(Answer((1,), (2,) * length)) for length in lengths], 5)
     found = [[len(step.answer.response) for step in batch] for batch in batches]
     assert found == [[1, 2], [3], [4], [5]]
 
 
-def slow_scores(model, instruction_ids, answers, size, temperature):
+def slow_scores(model, answers, size, temperature):
     """Log-probabilities and entropies of all response tokens, from a pass over each whole text."""
     logprobs = []
     entropies = []
     for answer in answers:
-        ids = torch.tensor([[*instruction_ids, *answer.prompt, *answer.response]])
+        ids = torch.tensor([[*answer.prompt, *answer.response]])
         logits = model(ids)[0, -len(answer.response) - 1 : -1, :size]
         table = (logits / temperature).log_softmax(-1)
         logprobs.append(table.gather(1, torch.tensor(answer.response)[:, None])[:, 0])
@@ -826,7 +845,7 @@ def test_an_updates_gradient_is_that_of_a_slow_loop(temperature, clip, gamma, en
             paid = advantage * gamma ** (len(episode) - 1 - t)
             credit += [paid] * len(step.answer.response)
     answers = [step.answer for step in steps]
-    scores, entropies = slow_scores(agent.model, INSTRUCTION_IDS, answers, Words.size, temperature)
+    scores, entropies = slow_scores(agent.model, answers, Words.size, temperature)
     tokens = [
         token_loss(*token, clip, entropy_coef)
         for token in zip(scores, logprobs_of(steps), credit, entropies, strict=True)
@@ -952,8 +971,12 @@ def watch_checkpoints(monkeypatch):
     return found
 
 
-GOLDEN_PREFIX = [5, 3, 8, 1, 1, 20, 7]
-GOLDEN_PROMPTS = {"a": (2, 4), "b": (9,), "c": (11, 12, 13, 14, 15)}
+GOLDEN_PROMPTS = {
+    "a": (5, 3, 8, 1, 1, 20, 7, 2, 4),
+    "b": (5, 3, 8, 1, 1, 20, 7, 9),
+    "c": (5, 3, 8, 1, 1, 20, 7, 11, 12, 13, 14, 15),
+    "other": (0, 2),
+}
 
 
 def golden_agent(name):
@@ -961,8 +984,7 @@ def golden_agent(name):
     tokenizer = SimpleNamespace(
         size=25,
         end_ids={0, 3},
-        prefix=lambda text, think: GOLDEN_PREFIX,
-        suffix=lambda state, think: GOLDEN_PROMPTS[state],
+        prompt=lambda text, think: GOLDEN_PROMPTS[text.strip()],
         decode=str,
     )
     model, _ = lm.load_pretrained(DATA / name)
@@ -986,7 +1008,7 @@ def test_scores_are_those_of_whole_texts(name, recompute, monkeypatch):
         ((logprobs + 0.3 * entropies.square()) * weights).sum().backward()
         return logprobs, entropies, gradient(agent.model)
 
-    expected = with_gradient(*slow_scores(agent.model, GOLDEN_PREFIX, answers, 25, 1.3))
+    expected = with_gradient(*slow_scores(agent.model, answers, 25, 1.3))
     again = watch_checkpoints(monkeypatch)
     agent.model.model.recompute = recompute
     found = with_gradient(*agent.score(answers))
@@ -997,13 +1019,13 @@ def test_scores_are_those_of_whole_texts(name, recompute, monkeypatch):
     assert bool(again) == (recompute != "nothing")
 
 
-def test_there_may_be_no_instructions():
-    """Then padding, which is 0, is the number of a token as well."""
+@pytest.mark.parametrize("states", [["c", "other"], ["a"], ["b", "b"]])
+def test_texts_may_begin_with_nothing_or_all_in_common(states):
+    """With nothing, padding, which is 0, is the number of a token as well."""
     agent = golden_agent("qwen3")
-    agent.instructions = []
-    answers = [Answer(GOLDEN_PROMPTS[state], (1, 2)) for state in "cab"]
+    answers = [Answer(GOLDEN_PROMPTS[state], (1, 2)) for state in states]
     found = agent.score(answers)
-    torch.testing.assert_close(found, slow_scores(agent.model, [], answers, 25, 1.3))
+    torch.testing.assert_close(found, slow_scores(agent.model, answers, 25, 1.3))
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -1015,7 +1037,7 @@ def test_answers_are_those_of_a_loop_without_cache(name, greedy):
         "abacab", agent.act("abacab", None if greedy else uniforms), uniforms
     ):
         assert answer.prompt == GOLDEN_PROMPTS[state]
-        ids = [*GOLDEN_PREFIX, *answer.prompt]
+        ids = [*answer.prompt]
         for token, logprob, uniform in zip(answer.response, answer.logprobs, row):
             table = (agent.model(torch.tensor([ids]))[0, -1, :25] / 1.3).log_softmax(-1)
             if greedy:
@@ -1190,7 +1212,7 @@ def test_processes_share_the_passes_of_an_update(unequal, passes, monkeypatch):
     answers = []
     worked = []
     for _ in two_ranks(monkeypatch):
-        shared = train.share_passes(steps, 4)
+        shared = train.share_passes(steps, 2)
         assert len(shared) == passes
         assert all(batch and weight in (0, 1) for batch, weight in shared)
         mine = [step for batch, weight in shared for step in batch if weight]
@@ -2852,7 +2874,6 @@ def test_tiny_prompt_is_plain_text():
     state = "P _\nP _"
     ids = [*tokenizer.encode("Go left."), 10, 10, *tokenizer.encode(state), 10]
     assert tokenizer.prompt("Go left.\n\n" + state) == ids
-    assert tokenizer.prefix("Go left.") + tokenizer.suffix(state) == ids
     assert "no chat template" in tokenizer.describe_prompt()
 
 
@@ -2863,8 +2884,8 @@ def test_a_board_is_read_by_pairs_of_cells(size):
     rng = np.random.default_rng(0)
     for _ in range(50):
         rows = [" ".join(rng.choice(list("P_OG"), size)) for _ in range(size)]
-        ids = tokenizer.suffix("\n".join(rows))
-        assert len(ids) == size * size // 2 + 1  # and the newline at the end
+        ids = tokenizer.prompt("\n\n" + "\n".join(rows))
+        assert len(ids) == size * size // 2 + 3  # and a newline each, before and behind
 
 
 # Prompts
@@ -2920,19 +2941,6 @@ def test_golden_prompts(name, that_day):
         assert first.split("the cat")[0] in tokenizer.describe_prompt()
     else:
         assert "no chat template" not in tokenizer.describe_prompt()
-
-
-GAME_STATES = ["P _ O\n_ G _", "_ P\nO G", "O P\n_ G", "G P"]
-INSTRUCTIONS = ["Cross the lake.\nAnswer with <action>WORD</action>.", " go <think>", "12", ""]
-
-
-@pytest.mark.parametrize("name", CHATS)
-@pytest.mark.parametrize("think", [False, True])
-def test_prefix_and_suffix_are_the_prompt(name, think, that_day):
-    tokenizer = load_chat(name)
-    for instructions, state in itertools.product(INSTRUCTIONS, GAME_STATES):
-        whole = tokenizer.prompt(instructions + "\n\n" + state, think)
-        assert tokenizer.prefix(instructions, think) + tokenizer.suffix(state, think) == whole
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -2991,12 +2999,11 @@ def test_where_a_template_comes_from():
         "{{ messages.append(1) }}{{ messages[0].content }}",
         "{{ messages[5].content.x }}",
         "nothing of the user's",
-        "{{ messages[0].content * 2 }}",
         "{{ " + "(" * 100_000,
         "{% for _ in range(10 ** 9) %}{% endfor %}",
         "\udcff",
     ],
-    ids=range(10),
+    ids=range(9),
 )
 def test_template_refused(template):
     files, _ = chat_files("qwen2.5")

@@ -31,7 +31,9 @@ def make_side(home, directory):
     work = json.loads((directory / "work.json").read_text())
     prompts = [tuple(prompt) for prompt in work["prompts"]]
     if hasattr(bench, "turns"):  # the old one
-        side = bench.Ours(directory, bench.torch.float32, work["prefix"], NEW)
+        shared = work["shared"]  # tokens that begin all prompts
+        side = bench.Ours(directory, bench.torch.float32, prompts[0][:shared], NEW)
+        prompts = [prompt[shared:] for prompt in prompts]
         pairs = zip(prompts, work["responses"] or side.rollout(prompts))
         update = [[bench.msgrpo.Step(p, tuple(r), [-1.0] * NEW) for p, r in pairs]]
         update.append([(-1.0) ** i for i in range(len(prompts))])
@@ -104,12 +106,13 @@ def main():
     model.files = {"config.json": (HERE / "configs/smollm2-135m.json").read_bytes()}
     for states, lakes in (("distinct", bench.distinct_lakes), ("played", bench.played_lakes)):
         some = list(itertools.islice(lakes(np.random.default_rng(0)), 32))
-        prompts = [words.suffix(lake.observation()) for lake in some]
+        prompts = bench.make_prompts(words, some)
         with tempfile.TemporaryDirectory() as name:
             directory = Path(name)
             bench.lm.save_pretrained(directory, model, None)
             responses = np.random.default_rng(1).integers(49152, size=(32, NEW)).tolist()
-            work = {"prefix": words.prefix(some[0].instructions), "prompts": prompts}
+            shared = len(words.encode(f"<|im_start|>user\n{some[0].instructions}\n\n"))
+            work = {"shared": shared, "prompts": prompts}
             (directory / "work.json").write_text(json.dumps(work | {"responses": responses}))
             print(
                 json.dumps({"states": states} | compare([args.old, HERE.parent], directory)),

@@ -57,11 +57,8 @@ class Words:
         pieces = re.findall(r" ?\w+| ?[^\w\s]|\s", text)
         return [self.ids.setdefault(piece, len(self.ids)) for piece in pieces]
 
-    def prefix(self, instructions):
-        return self.encode("<|im_start|>user\n" + instructions + "\n\n")
-
-    def suffix(self, state):
-        return self.encode(state + "<|im_end|>\n<|im_start|>assistant\n")
+    def prompt(self, text, think=False):
+        return self.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
 
 
 def random_model(config):
@@ -125,15 +122,10 @@ class Ours:
         self.model = model
         self.model.model.recompute = work["recompute"]
         self.budget = work["micro_batch_tokens"]
-        tokenizer = SimpleNamespace(
-            size=self.model.config.vocab_size,
-            end_ids=(),
-            decode=str,
-            prefix=lambda instructions, think: work["prefix"],
-            suffix=lambda state, think: state,
-        )
+        tokenizer = SimpleNamespace(size=self.model.config.vocab_size, end_ids=(), decode=str)
         self.new = work["new"]
         self.agent = lm.LanguageAgent(self.model, tokenizer, "", max_new_tokens=self.new)
+        self.agent.encode = tuple  # it is given prompts in the place of states
 
     def rollout(self, prompts):
         self.agent.refresh()
@@ -181,22 +173,21 @@ class Theirs:
             pad_token_id=0,
             use_cache=True,
         )
-        self.prefix = work["prefix"]
         self.new = work["new"]
         self.rows = 32  # of a pass
 
     def rollout(self, prompts):
-        sequences = [[*self.prefix, *prompt] for prompt in prompts]
-        width = max(map(len, sequences))
-        ids = torch.tensor([[0] * (width - len(s)) + s for s in sequences], device=self.device)
-        ones = [[0] * (width - len(s)) + [1] * len(s) for s in sequences]
+        width = max(map(len, prompts))
+        ids = [[0] * (width - len(prompt)) + [*prompt] for prompt in prompts]
+        ids = torch.tensor(ids, device=self.device)
+        ones = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         mask = torch.tensor(ones, device=self.device)
         answers = self.model.generate(ids, attention_mask=mask)[:, width:]
         assert answers.shape == (len(prompts), self.new)
         return [tuple(answer) for answer in answers.tolist()]
 
     def logprobs(self, answers):
-        sequences = [[*self.prefix, *answer.prompt, *answer.response] for answer in answers]
+        sequences = [[*answer.prompt, *answer.response] for answer in answers]
         ids = torch.tensor(lm.pad(sequences, 0), device=self.device)
         mask = torch.tensor(lm.pad([[1] * len(s) for s in sequences], 0), device=self.device)
         logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
@@ -303,7 +294,7 @@ def compare(name, dtype, batch, states, args):
     rng = np.random.default_rng(0)
     lakes = distinct_lakes(rng) if states == "distinct" else played_lakes(rng)
     lakes = list(itertools.islice(lakes, batch))
-    prompts = [tuple(tokenizer.suffix(lake.observation())) for lake in lakes]
+    prompts = make_prompts(tokenizer, lakes)
     work = {
         "model": name,
         "checkpoint": args.checkpoint,
@@ -312,7 +303,6 @@ def compare(name, dtype, batch, states, args):
         "micro_batch_tokens": 16384,
         "threads": args.threads,
         "new": args.new,
-        "prefix": list(tokenizer.prefix(lakes[0].instructions)),
     }
     sides = [Ours(model, work), Theirs(model, work)]
     answers = make_answers(sides[0], prompts)
@@ -324,6 +314,11 @@ def compare(name, dtype, batch, states, args):
     if dtype == "float32":
         record |= check(*sides, answers[:32])
     return record | speeds(sides, prompts, answers, args.repeats)
+
+
+def make_prompts(tokenizer, lakes):
+    texts = [f"{lake.instructions}\n\n{lake.observation()}" for lake in lakes]
+    return [tuple(tokenizer.prompt(text)) for text in texts]
 
 
 def make_answers(ours, prompts):

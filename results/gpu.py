@@ -96,14 +96,8 @@ def random_model(c, dtype, device):
 
 def tokenizer_for(c):
     """A stand-in that spells the game's text in words, and whose answers never end."""
-    words = bench.Words()
-    return SimpleNamespace(
-        size=c.vocab_size,
-        end_ids=frozenset(),
-        decode=str,
-        prefix=lambda instructions, think: words.prefix(instructions),
-        suffix=lambda state, think: words.suffix(state),
-    )
+    prompt = bench.Words().prompt
+    return SimpleNamespace(size=c.vocab_size, end_ids=frozenset(), decode=str, prompt=prompt)
 
 
 def report(**figures):
@@ -205,9 +199,10 @@ def clock_stages(learner):
 
 def prediction(c, settings, args, player, lake):
     """What memory.py says of these iterations, without an evaluation: total GiB."""
+    shared = len(msgrpo.common_prefix([player.encode("P"), player.encode("O")]))
     sizes = SimpleNamespace(
-        shared=len(player.instructions),
-        state=len(player.encode(lake.observation())),
+        shared=shared,
+        state=len(player.encode(lake.observation())) - shared,
         new=player.max_new_tokens,
         episodes=settings.groups * settings.group_size,
         eval_episodes=0,
@@ -230,15 +225,13 @@ def make_work(args, shape, rows, new):
         rows = 8
         new = 8
     model = random_model(c, getattr(torch, args.dtype), args.device)
-    words = bench.Words()
     lakes = list(itertools.islice(bench.played_lakes(np.random.default_rng(0)), rows))
-    prompts = [tuple(words.suffix(lake.observation())) for lake in lakes]
+    prompts = bench.make_prompts(bench.Words(), lakes)
     defaults = train.Settings()
     work = {
         "recompute": defaults.recompute,
         "micro_batch_tokens": defaults.micro_batch_tokens,
         "new": new,
-        "prefix": words.prefix(lakes[0].instructions),
     }
     ours = bench.Ours(model, work)
     return ours, work, prompts, bench.make_answers(ours, prompts)
@@ -306,7 +299,8 @@ def work_of(side, what, prompts):
     if what == "rollout":
         return {"bytes": side.new * weights * next(side.model.parameters()).element_size()}
     embeddings = side.model.model.embed_tokens.weight.numel()
-    prompt_tokens = sum(len(prompt) for prompt in set(prompts))
+    shared = len(msgrpo.common_prefix(prompts))  # next to nothing
+    prompt_tokens = sum(len(prompt) - shared for prompt in set(prompts))
     responses = len(prompts) * side.new
     in_layers = 6 * (weights - embeddings) * (prompt_tokens + responses)
     return {"operations": in_layers + 6 * embeddings * responses}

@@ -131,20 +131,17 @@ def measure(c, args):
     """Peak resident bytes of a rollout and two updates with random weights, less those before."""
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     model = lm.Transformer(c)
-    tokenizer = SimpleNamespace(
-        size=c.vocab_size,
-        end_ids=(),
-        decode=str,
-        prefix=lambda instructions, think: [0] * args.shared,
-        suffix=lambda state, think: state,
-    )
+    tokenizer = SimpleNamespace(size=c.vocab_size, end_ids=(), decode=str)
     settings = train.Settings(
         dtype=args.dtype, device="cpu", recompute=args.recompute, max_new_tokens=args.new, threads=1
     )
     learner = train.Learner(settings, model, tokenizer)
-    prompts = [(i,) * args.state for i in range(args.update_episodes * args.steps)]
+    count = args.update_episodes * args.steps
+    prompts = [(0,) * args.shared + (1 + i,) * args.state for i in range(count)]
     uniforms = np.random.default_rng(0).random((args.episodes, args.new))
-    learner.player("").act(prompts[: args.episodes], uniforms)
+    player = learner.player("")
+    player.encode = tuple  # it is given prompts in the place of states
+    player.act(prompts[: args.episodes], uniforms)
     steps = []
     for prompt in prompts:
         response = tuple(torch.randint(c.vocab_size, (args.new,)).tolist())

@@ -57,11 +57,8 @@ class Words:
     size = len(words)
     end_ids = frozenset(range(size))
 
-    def prefix(self, text, think=False):
+    def prompt(self, text, think=False):
         return [self.words.index(word) for word in text.split()]
-
-    def suffix(self, text, think=False):
-        return self.prefix(text)
 
     def decode(self, ids):
         return " ".join(self.words[i] for i in ids)

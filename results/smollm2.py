@@ -14,6 +14,7 @@ figures of five seeds are in results/smollm2/README.md.
 """
 
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,14 +45,12 @@ class WordAgent(lm.LanguageAgent):
     def __init__(self, model, tokenizer, instructions, *settings):
         super().__init__(model, tokenizer, instructions, *settings)
         lm.ensure(tokenizer.template, "this script asks by chat: the model has no chat template")
-        before, after = tokenizer.cut(self.chat(instructions))
-        self.instructions = tokenizer.encode_chat(before)
-        tail = tokenizer.encode_chat(after + OPEN)
-        self.encode = lambda state: (*tokenizer.encode(state), *tail)
-        self.refresh()
+        self.encode = lru_cache(65536)(
+            lambda state: tuple(tokenizer.encode_chat(self.chat(instructions, state)))
+        )
 
-    def chat(self, instructions):
-        """The examples as turns of a chat, up to where the state stands."""
+    def chat(self, instructions, state):
+        """The examples as turns of a chat, the state, and the tag that opens the answer."""
         messages = []
         text = instructions + "\n\n"
         for rows, word in EXAMPLES:
@@ -59,8 +58,8 @@ class WordAgent(lm.LanguageAgent):
             messages.append({"role": "user", "content": text})
             messages.append({"role": "assistant", "content": OPEN + word + CLOSE})
             text = ""
-        messages.append({"role": "user", "content": lm.CUT})
-        return self.tokenizer.render(messages, add_generation_prompt=True)
+        messages.append({"role": "user", "content": state})
+        return self.tokenizer.render(messages, add_generation_prompt=True) + OPEN
 
     def refresh(self):
         super().refresh()
