@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from msgrpo import Answer, common_prefix
+from msgrpo import Answer, shared_length
 
 # Scoring's tables over the vocabulary have so many numbers, in slices of tokens: 16 and 256 MiB in
 # float32. A GPU is slow where a slice has few tokens
@@ -371,11 +371,6 @@ class LanguageAgent:
             lambda state: tuple(tokenizer.prompt(f"{instructions}\n\n{state}", think))
         )
         self.decode = lru_cache(65536)(tokenizer.decode)
-        self.refresh()
-
-    def refresh(self):
-        """The weights have changed: forget what was answered with the old ones."""
-        self.greedy_answers = {}
 
     def next_logprobs(self, x):
         """Log-probabilities of the next token after hidden states x (rows, width): (rows, size).
@@ -385,19 +380,11 @@ class LanguageAgent:
         weight = self.model.head_weight()[: self.tokenizer.size]
         return log_probabilities(x, weight, self.temperature)
 
+    @torch.no_grad()
     def act(self, observations, uniforms):
-        """As msgrpo.Policy says. Greedy answers are remembered until `refresh`."""
+        """As msgrpo.Policy says."""
         if uniforms is not None:
             uniforms = torch.tensor(uniforms, dtype=torch.float32, device=self.device)
-            return self.generate(observations, uniforms)
-        new = [state for state in dict.fromkeys(observations) if state not in self.greedy_answers]
-        if new:
-            self.greedy_answers.update(zip(new, self.generate(new, None)))
-        return [self.greedy_answers[state] for state in observations]
-
-    @torch.no_grad()
-    def generate(self, observations, uniforms):
-        """An answer to each observation; uniforms (observations, max_new_tokens), None: greedy."""
         prompts = [self.encode(state) for state in observations]
         distinct, rows = unique(prompts)
         rows = torch.tensor(rows, device=self.device)  # each answer's row of the table
@@ -517,11 +504,10 @@ class Tree:
     keys_values = None  # a list: `attend` adds each layer's, (1, groups, nodes, head_dim)
 
     def __init__(self, texts, device):
-        shared = common_prefix([text[:-1] for text in texts])  # so that each text has more
-        start = len(shared)
+        start = shared_length([text[:-1] for text in texts])  # each text has more than these
         tokens = np.array(pad([text[start:] for text in texts], -1))  # (texts, longest)
         paths = np.zeros_like(tokens)  # of each text, its nodes; padding, which none sees, is 0
-        ids = list(shared)
+        ids = list(texts[0][:start])
         positions = list(range(start))
         places = []  # of each node, its first place in the paths
         before = np.zeros(len(texts), int)  # the node before, which is the same for all at first

@@ -74,9 +74,6 @@ class Policy(Protocol):
 
     max_new_tokens: int  # of an answer
 
-    def refresh(self):
-        """Forget what was computed with older weights. To be called when they have changed."""
-
     def act(self, observations: list[str], uniforms: np.ndarray | None) -> list[Answer]:
         """Answer each observation.
 
@@ -200,14 +197,14 @@ def policy_loss(logprobs, old_logprobs, credit, entropies, clip=0.2, entropy_coe
     return loss, clipped_objective < objective
 
 
-def common_prefix(texts):
-    """The longest beginning that all of these tuples share."""
-    first = min(texts, default=())
-    last = max(texts, default=())  # of all texts, it shares least with the first
+def shared_length(texts):
+    """How many tokens all of these texts begin with."""
     length = 0
-    while length < len(first) and first[length] == last[length]:
+    for tokens in zip(*texts):
+        if len(set(tokens)) > 1:
+            break
         length += 1
-    return first[:length]
+    return length
 
 
 def micro_batches(steps, budget):
@@ -220,7 +217,7 @@ def micro_batches(steps, budget):
     for step in steps:
         pair = (step.answer.prompt, step.answer.response)
         alike.setdefault(pair, []).append(step)
-    shared = len(common_prefix([prompt for prompt, _ in alike]))
+    shared = shared_length([prompt for prompt, _ in alike])
     batches = []
     room = 0
     for prompt, response in sorted(alike, key=lambda pair: (len(pair[1]), len(pair[0]), pair)):

@@ -504,7 +504,6 @@ def test_rollouts_batched_are_those_one_by_one(greedy):
     together = msgrpo.play(agent, corridors(), greedy)
     apart = []
     for game in corridors():
-        agent.refresh()
         apart += msgrpo.play(agent, [game], greedy)
     assert facts(together) == facts(apart)
     torch.testing.assert_close(
@@ -633,23 +632,17 @@ def test_captured_steps_give_the_same_answers(monkeypatch):
     assert all(later <= earlier // 2 for earlier, later in itertools.pairwise(sizes))
 
 
-def test_greedy_answers_are_remembered_until_the_weights_change():
+def test_an_evaluation_asks_about_each_state_once():
     agent = corridor_agent()
     states = ["from 2 go west", "from 3 go east"]
-    first = agent.act(states + states[:1], None)
-    assert first[2] == first[0]
+    expected = agent.act(states, None)
+    policy = train.Remembering(agent)
+    assert policy.act(states + states[:1], None) == [*expected, expected[0]]
     passes = watch_passes(agent.model)
-    read = len(INSTRUCTION_IDS)
-    assert agent.act(states[::-1], None) == [first[1], first[0]]
+    assert policy.act(states[::-1], None) == expected[::-1]
     assert passes == []
-    agent.act(["from 1 go east"], None)
-    assert passes[0] == (1, read + 4)
-    agent.act(states, np.zeros((2, 3)))  # samples are not remembered
-    assert passes[1] == (1, read + 4 + 3)
-
-    torch.nn.init.normal_(agent.model.model.norm.weight)
-    agent.refresh()
-    assert agent.act(states, None)[0].logprobs != first[0].logprobs
+    policy.act([*states, "from 1 go east"], None)
+    assert passes[0] == (1, len(INSTRUCTION_IDS) + 4)
 
 
 @pytest.mark.parametrize("size", [5, 1024, 1025, 5000])
@@ -689,17 +682,17 @@ def test_a_text_that_begins_another_keeps_its_last_token():
 
 
 @pytest.mark.parametrize(
-    "texts, found",
+    "texts, length",
     [
-        ([], ()),
-        ([(1, 2)], (1, 2)),
-        ([(1, 2, 9), (1, 2), (1, 2, 3)], (1, 2)),
-        ([(2, 1), (1, 1)], ()),
-        ([(5, 1), (), (5, 2)], ()),
+        ([], 0),
+        ([(1, 2)], 2),
+        ([(1, 2, 9), (1, 2), (1, 2, 3)], 2),
+        ([(2, 1), (1, 1)], 0),
+        ([(5, 1), (), (5, 2)], 0),
     ],
 )
-def test_common_prefix(texts, found):
-    assert msgrpo.common_prefix(texts) == found
+def test_shared_length(texts, length):
+    assert msgrpo.shared_length(texts) == length
 
 
 def test_a_sample_is_where_the_cumulative_distribution_passes_its_uniform():
@@ -1334,9 +1327,6 @@ class ByRule:
 
     def __init__(self, rule):
         self.rule = rule
-
-    def refresh(self):
-        pass
 
     def act(self, observations, uniforms):
         self.greedy = uniforms is None
@@ -2264,7 +2254,6 @@ def test_a_corridor_is_learned():
             for group in range(8)
             for episode in range(16)
         ]
-        agent.refresh()
         episodes = msgrpo.play(agent, games)
         success.append(np.mean([episode[-1].success for episode in episodes]))
         returns = msgrpo.episode_returns(episodes).view(8, 16)

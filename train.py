@@ -153,7 +153,6 @@ def iterate(player, trainee, learner, iteration, replay_pool):
         for group, desc in enumerate(maps)
         for episode in range(s.group_size)
     ]
-    player.refresh()
     episodes, rollout_gap = play_all(player, games, s)
     reached = [episode[-1].success for episode in episodes]
     success = np.reshape(reached, (s.groups, s.group_size))
@@ -228,6 +227,8 @@ def evaluate(learner, name, greedy=True, limit=None):
     lakes = [s.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
     STATUS.doing(f"evaluating {name}")
     policy = learner.player(lakes[0].instructions)
+    if greedy:
+        policy = Remembering(policy)
     episodes = play_in_parts(policy, lakes, greedy)
     success = np.array([episode[-1].success for episode in episodes], float)
     mean = float(weights @ success)
@@ -303,7 +304,7 @@ def share_passes(steps, budget):
 
     All processes must make the same number of passes: one without work repeats a step, of weight 0.
     """
-    shared = len(msgrpo.common_prefix([step.answer.prompt for step in steps]))
+    shared = msgrpo.shared_length([step.answer.prompt for step in steps])
     total = sum(len(step.answer.prompt) - shared + len(step.answer.response) for step in steps)
     batches = msgrpo.micro_batches(steps, min(budget, total // WORLD + 1))
     passes = [(batch, 1.0) for batch in batches[RANK::WORLD]]
@@ -702,7 +703,7 @@ def warm_up(trainee, learner):
             action = rng.choice(frozenlake.ACTIONS)
             answer = learner.tokenizer.encode(f"<action>{action}</action>")
             texts.append((*trainee.encode(lake.observation()), *answer))
-        start = 1 + len(msgrpo.common_prefix(texts))  # what comes before is not learned
+        start = 1 + msgrpo.shared_length(texts)  # what comes before is not learned
         logprobs, _ = trainee.score([msgrpo.Answer(ids[:start], ids[start:]) for ids in texts])
         (-logprobs.mean()).backward()
         ramp = min(1, (i + 1) / 10)
@@ -746,6 +747,20 @@ def evaluation_maps(scenario, episodes):
     rng = generator(0)
     maps = [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(episodes)]
     return maps, np.full(episodes, 1 / episodes), False
+
+
+class Remembering:
+    """A greedy policy that is asked about a state once: its answer is the same always."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.answers = {}
+
+    def act(self, observations, uniforms):
+        new = [state for state in dict.fromkeys(observations) if state not in self.answers]
+        if new:
+            self.answers.update(zip(new, self.policy.act(new, uniforms)))
+        return [self.answers[state] for state in observations]
 
 
 def play_in_parts(policy, lakes, greedy):

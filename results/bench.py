@@ -128,7 +128,6 @@ class Ours:
         self.agent.encode = tuple  # it is given prompts in the place of states
 
     def rollout(self, prompts):
-        self.agent.refresh()
         uniforms = np.random.default_rng(0).random((len(prompts), self.new))
         return [answer.response for answer in self.agent.act(prompts, uniforms)]
 

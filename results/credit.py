@@ -396,6 +396,9 @@ class FreePolicy(lm.LanguageAgent):
     def __init__(self, model, tokenizer):
         super().__init__(model, tokenizer, "Answer.", max_new_tokens=3)
 
+    def refresh(self):
+        """Unlike WordPolicy, it keeps nothing."""
+
 
 def warm_up(policy, optimizer, task, seed):
     """Next-token prediction of uniformly random answers, so that the answers are well formed."""
@@ -412,7 +415,6 @@ def warm_up(policy, optimizer, task, seed):
         logprobs, _ = policy.score(answers)
         (-logprobs.mean()).backward()
         update(policy.model, optimizer, 3e-3 * min(1, (i + 1) / 10))
-    policy.refresh()
 
 
 def generator(*key):

@@ -199,7 +199,7 @@ def clock_stages(learner):
 
 def prediction(c, settings, args, player, lake):
     """What memory.py says of these iterations, without an evaluation: total GiB."""
-    shared = len(msgrpo.common_prefix([player.encode("P"), player.encode("O")]))
+    shared = msgrpo.shared_length([player.encode("P"), player.encode("O")])
     sizes = SimpleNamespace(
         shared=shared,
         state=len(player.encode(lake.observation())) - shared,
@@ -299,7 +299,7 @@ def work_of(side, what, prompts):
     if what == "rollout":
         return {"bytes": side.new * weights * next(side.model.parameters()).element_size()}
     embeddings = side.model.model.embed_tokens.weight.numel()
-    shared = len(msgrpo.common_prefix(prompts))  # next to nothing
+    shared = msgrpo.shared_length(prompts)  # next to nothing
     prompt_tokens = sum(len(prompt) - shared for prompt in set(prompts))
     responses = len(prompts) * side.new
     in_layers = 6 * (weights - embeddings) * (prompt_tokens + responses)

@@ -90,7 +90,6 @@ model = lm.Transformer(config)
 agent = lm.LanguageAgent(model, Words(), Crossings.instructions, max_new_tokens=1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 for iteration in range(1, 61):
-    agent.refresh()  # the weights have changed
     episodes = play_groups(agent, iteration)
     returns = msgrpo.episode_returns(episodes).view(GROUPS, GROUP_SIZE)
     advantages = msgrpo.episode_advantages(returns).flatten()

@@ -38,8 +38,8 @@ CLOSE = "</action>"
 class WordAgent(lm.LanguageAgent):
     """A LanguageAgent that reads two examples and says the one word between the answer's tags.
 
-    So all that can be said in a state is one row of log-probabilities. It is kept until the weights
-    change: a group costs what its states cost, however many its episodes are.
+    So all that can be said in a state is one row of log-probabilities: a round costs what its
+    different states cost, however many episodes are in them.
     """
 
     def __init__(self, model, tokenizer, instructions, *settings):
@@ -61,19 +61,14 @@ class WordAgent(lm.LanguageAgent):
         messages.append({"role": "user", "content": state})
         return self.tokenizer.render(messages, add_generation_prompt=True) + OPEN
 
-    def refresh(self):
-        super().refresh()
-        self.tables = {}  # prompt: log-probabilities of the word
-
     @torch.no_grad()
-    def generate(self, observations, uniforms):
+    def act(self, observations, uniforms):
         prompts = [self.encode(state) for state in observations]
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.tables]
-        if new:
-            tables = self.read_prompts(new)[0]
-            self.tables.update(zip(new, tables))
-        table = torch.stack([self.tables[prompt] for prompt in prompts])
-        tokens = lm.sample(table, None if uniforms is None else uniforms[:, 0])
+        distinct, rows = lm.unique(prompts)
+        table = self.read_prompts(distinct)[0][rows]
+        if uniforms is not None:
+            uniforms = torch.tensor(uniforms[:, 0], dtype=table.dtype, device=table.device)
+        tokens = lm.sample(table, uniforms)
         logprobs = table.gather(1, tokens[:, None])
         answers = []
         for prompt, token, logprob in zip(prompts, tokens.tolist(), logprobs.tolist()):
