@@ -242,9 +242,9 @@ def as_rows(tiles, columns):
 def is_held_out(desc):
     """Is this map reserved for evaluation? An eighth of all maps is, by a hash.
 
-    Another seed would not do: only 3,828 maps of 4x4 are solvable, and the likely ones repeat. All
-    starts of a board are on one side, as one walks from each to others: it is hashed with the start
-    top left, where the usual maps have it.
+    Another seed would not do: only 3,828 maps of 4x4 are solvable, and the likely ones repeat. The
+    hash leaves out where one starts, and takes the usual place, top left: one can walk from one
+    start to another, so boards that differ in nothing else must not be split.
     """
     board = "\n".join(desc).replace("S", "F")
     return hashlib.sha256(f"S{board[1:]}".encode()).digest()[0] % 8 == 0

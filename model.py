@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from msgrpo import Answer, shared_length
 
-# Scoring's tables over the vocabulary have so many numbers, in slices of tokens: 16 and 256 MiB in
-# float32. A GPU is slow where a slice has few tokens
+# `TokenLogprobs` makes tables (tokens, vocabulary) of at most so many numbers: 16 and 256 MiB in
+# float32. On a GPU small ones are slow
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
 CHUNK = 256  # tokens; `sample` finds the chunk first
@@ -320,8 +320,8 @@ class Cache:
 def sample(table, uniforms):
     """The token of each row where the cumulative distribution passes the row's uniform.
 
-    table (rows, size) of log-probabilities, uniforms (rows,) in [0, 1), None: greedy -> (rows,). So
-    a row's token does not depend on the other rows.
+    table (rows, size) of log-probabilities, uniforms (rows,) in [0, 1), None: greedy -> (rows,). As
+    each row has a uniform of its own, its token does not depend on the other rows.
     """
     if uniforms is None:
         return table.argmax(-1)
@@ -353,7 +353,7 @@ def pad(rows, value):
 class LanguageAgent:
     """A language-agent policy (msgrpo.Policy): a transformer that reads instructions and a state.
 
-    What texts begin with in common is run once (`Tree`, further below, draws it): the instructions,
+    What texts begin with in common is run once (see the drawing in `Tree`): the instructions,
     equal prompts and, when scoring, equal answers. All of this is exact, gradients included.
     """
 
@@ -408,6 +408,7 @@ class LanguageAgent:
                 break
             if cache is None:
                 cache = Cache(keys_values, slots, lengths, self.max_new_tokens)
+            # A captured step has a fixed size: answers that ended stay until half of them have
             if step is None or not self.captures or count <= len(in_batch) // 2:
                 kept = unfinished.nonzero()[:, 0]
                 in_batch = in_batch[kept]
@@ -504,7 +505,7 @@ class Tree:
     keys_values = None  # a list: `attend` adds each layer's, (1, groups, nodes, head_dim)
 
     def __init__(self, texts, device):
-        start = shared_length([text[:-1] for text in texts])  # each text has more than these
+        start = shared_length([text[:-1] for text in texts])  # so no text's own part is empty
         tokens = np.array(pad([text[start:] for text in texts], -1))  # (texts, longest)
         paths = np.zeros_like(tokens)  # of each text, its nodes; padding, which none sees, is 0
         ids = list(texts[0][:start])
@@ -512,12 +513,12 @@ class Tree:
         places = []  # of each node, its first place in the paths
         before = np.zeros(len(texts), int)  # the node before, which is the same for all at first
         for depth, column in enumerate(tokens.T):
-            (there,) = np.nonzero(column >= 0)
-            nodes = (before[there] << 32) + column[there]
-            _, first, node = np.unique(nodes, return_index=True, return_inverse=True)
-            before[there] = len(ids) + node
-            paths[there, depth] = len(ids) + node
-            text = there[first]  # a text of each node
+            (active,) = np.nonzero(column >= 0)  # texts that are so long
+            beginnings = (before[active] << 32) + column[active]  # equal where all so far is equal
+            _, first, index = np.unique(beginnings, return_index=True, return_inverse=True)
+            before[active] = len(ids) + index
+            paths[active, depth] = len(ids) + index
+            text = active[first]  # a text of each node
             ids += column[text].tolist()
             positions += [start + depth] * len(text)
             places += (text * len(tokens.T) + depth).tolist()

@@ -19,9 +19,9 @@ One iteration:
        the population std are over the G episodes, never over steps.
     4. Credit: every token of every step of episode i gets A_i [paper]. `gamma` < 1 is our ablation,
        credit that fades with the distance from the end: gamma^(T_i - 1 - t) A_i.
-    5. AAW: train on K of the N episodes, drawn one after another, each with probability
-       |A_i| / sum_j |A_j| among those left. [paper: more weight on large absolute advantages; this
-       form, without replacement, is ours.]
+    5. AAW, absolute-advantage-weighted sampling: train on K of the N episodes, drawn one after
+       another, each with probability |A_i| / sum_j |A_j| among those left. [paper: more weight on
+       large absolute advantages; this form, without replacement, is ours.]
     6. Ascend the clipped objective, over the response tokens of the drawn episodes:
        sum of min(rho A, clip(rho, 1 - eps, 1 + eps) A) / tokens, with rho = p_theta / p_old.
 
@@ -207,26 +207,28 @@ def shared_length(texts):
     return length
 
 
-def micro_batches(steps, budget):
+def micro_batches(steps, budget, parts=1):
     """The steps in lists of about `budget` tokens, those of similar length together.
 
     Equal answers to equal prompts stay in one list and count once, as `Policy.score` runs them
-    once. What all prompts begin with, the instructions, does not count.
+    once. What all prompts begin with, the instructions, does not count. parts: the lists are
+    shorter where there would be fewer than so many.
     """
-    alike = {}
+    equal_steps = {}
     for step in steps:
         pair = (step.answer.prompt, step.answer.response)
-        alike.setdefault(pair, []).append(step)
-    shared = shared_length([prompt for prompt, _ in alike])
+        equal_steps.setdefault(pair, []).append(step)
+    shared = shared_length([prompt for prompt, _ in equal_steps])
+    sizes = {pair: len(pair[0]) - shared + len(pair[1]) for pair in equal_steps}
+    budget = min(budget, np.ceil(sum(sizes.values()) / parts))
     batches = []
     room = 0
-    for prompt, response in sorted(alike, key=lambda pair: (len(pair[1]), len(pair[0]), pair)):
-        tokens = len(prompt) - shared + len(response)
-        if tokens > room:
+    for pair in sorted(sizes, key=lambda pair: (len(pair[1]), len(pair[0]), pair)):
+        if room <= 0:
             batches.append([])
             room = budget
-        room -= tokens
-        batches[-1] += alike[prompt, response]
+        room -= sizes[pair]
+        batches[-1] += equal_steps[pair]
     return batches
 
 

@@ -772,9 +772,9 @@ def pairs_of(steps):
     return {(step.answer.prompt, step.answer.response) for step in steps}
 
 
-@pytest.mark.parametrize("budget, largest", [(1, 1), (24, 3), (31, 3), (32, 4), (9999, 12)])
-def test_micro_batches_are_within_their_budget(budget, largest):
-    """Each step is in one. Equal answers to a prompt stay together and cost what one costs."""
+@pytest.mark.parametrize("budget, largest", [(1, 1), (24, 3), (25, 4), (32, 4), (9999, 12)])
+def test_micro_batches_are_of_about_their_budget(budget, largest):
+    """Or an answer more. Each step is in one; equal answers to a prompt stay together as one."""
     steps = random_steps(np.random.default_rng(0), 200, prompts=3, responses=4)
     batches = msgrpo.micro_batches(steps, budget)
     found = [id(step) for batch in batches for step in batch]
@@ -786,9 +786,19 @@ def test_micro_batches_are_within_their_budget(budget, largest):
 
 def test_micro_batches_are_of_similar_length():
     lengths = [5, 1, 4, 2, 3]
-    batches = msgrpo.micro_batches([Step(Answer((1,), (2,) * length)) for length in lengths], 5)
+    batches = msgrpo.micro_batches([Step(Answer((1,), (2,) * length)) for length in lengths], 3)
     found = [[len(step.answer.response) for step in batch] for batch in batches]
     assert found == [[1, 2], [3], [4], [5]]
+
+
+@pytest.mark.parametrize("count, copies, parts", [(10, 8, 2), (31, 1, 2), (33, 1, 4), (30, 1, 4)])
+def test_micro_batches_share_the_work_of_distinct_answers(count, copies, parts):
+    """One for each process, and none with a small rest alone."""
+    steps = [Step(Answer((1, i), (2, 3))) for i in range(count) for _ in range(copies)]
+    batches = msgrpo.micro_batches(steps, 9999, parts)
+    sizes = [len(pairs_of(batch)) for batch in batches]
+    assert len(batches) == parts
+    assert max(sizes) == -(-count // parts)
 
 
 def slow_scores(model, answers, size, temperature):

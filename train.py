@@ -89,7 +89,7 @@ class Settings:
     keep: float = setting(0.5, "Draw this share of the episodes, by aaw and uniform", 1e-9, 1)
     update_episodes: int = setting(16, "Take about X drawn episodes in an optimiser step", 1)
     clip: float = setting(0.2, "Clip where the ratio leaves 1 - X to 1 + X [author]")
-    max_gap: float = setting(0.15, "End updates, undo the last, where log ratios exceed X nats")
+    max_gap: float = setting(0.15, "End updates where |log ratio| is X nats; undo a loss of X")
     entropy_coef: float = setting(0.001, "Weigh the entropy bonus by X, per token in nats [author]")
     entropy_floor: float = setting(0.0, "Raise that weight by what the entropy lacks to X nats")
     learning_rate: float = setting(1e-6, "Learn at rate X, after a ramp of ten iterations [author]")
@@ -133,7 +133,7 @@ class Settings:
 
 
 def generator(*key):
-    """The numpy Generator of a key of integers. Its length counts: numpy takes (1,) for (1, 0)."""
+    """The numpy Generator of a key of integers. Its length counts: to numpy, (1,) is (1, 0)."""
     return np.random.default_rng([len(key), *key])
 
 
@@ -187,8 +187,8 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
     """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
 
     Ours: once the mean |log ratio| to the policy that played is above `max_gap`, that gradient is
-    thrown away, and the iteration has no more updates. Where tokens with A > 0 are then less likely
-    than when played, by more than that, the last is undone: one step can undo what hundreds taught.
+    thrown away, and the iteration has no more updates. The last update is undone where the tokens
+    with A > 0 of its episodes have lost more than that: one step can undo what hundreds taught.
     """
     s = learner.settings
     if not drawn:
@@ -199,18 +199,20 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
     for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))):
         if not bonus and not advantages[part].any():
             continue  # nothing to learn from
-        can_stop = not updates  # while the weights are still those of the iteration's start
-        update = accumulate_gradient(trainee, [episodes[i] for i in part], s, bonus, can_stop)
+        # can_stop, the last argument: an iteration without an update can still be given up
+        update = accumulate_gradient(trainee, [episodes[i] for i in part], s, bonus, not updates)
         if not update["logprob_gap"] <= s.max_gap:  # it may be NaN
             learner.optimizer.zero_grad()
             break
         update["grad_norm"] = learner.update(rate)
         update["trained"] = int((advantages[part] != 0).sum())
         updates.append(update)
-        paid = [episodes[i] for i in part if advantages[i] > 0] or paid
-    if updates and not mean_log_ratio(trainee, paid, s) >= -s.max_gap:
+        if np.isfinite(update["grad_norm"]):  # else it was refused
+            last = update
+            paid = [episodes[i] for i in part if advantages[i] > 0] or paid
+    if paid and not mean_log_ratio(trainee, paid, s) >= -s.max_gap:
         learner.take_back()
-        updates[-1]["taken_back"] = True
+        last["taken_back"] = True
     return updates
 
 
@@ -229,15 +231,15 @@ def evaluate(learner, name, greedy=True, limit=None):
     policy = learner.player(lakes[0].instructions)
     if greedy:
         policy = Remembering(policy)
-    episodes = play_in_parts(policy, lakes, greedy)
+    after_round = partial(STATUS.detail, "playing")
+    episodes = gather(msgrpo.play(policy, share(lakes), greedy, after_round))
     success = np.array([episode[-1].success for episode in episodes], float)
     mean = float(weights @ success)
-    valid = [step.valid for episode in episodes for step in episode]
     figures = {
         "success": mean,
         "half_interval": 0.0 if exact and greedy else half_interval(mean, weights),
         "unweighted": float(success.mean()),
-        "valid": sum(valid) / len(valid),
+        "valid": float(np.mean([step.valid for episode in episodes for step in episode])),
         "episodes": len(maps),
     }
     figures |= mean_baselines(lakes, weights)
@@ -304,9 +306,7 @@ def share_passes(steps, budget):
 
     All processes must make the same number of passes: one without work repeats a step, of weight 0.
     """
-    shared = msgrpo.shared_length([step.answer.prompt for step in steps])
-    total = sum(len(step.answer.prompt) - shared + len(step.answer.response) for step in steps)
-    batches = msgrpo.micro_batches(steps, min(budget, total // WORLD + 1))
+    batches = msgrpo.micro_batches(steps, budget, parts=WORLD)
     passes = [(batch, 1.0) for batch in batches[RANK::WORLD]]
     rounds = -(-len(batches) // WORLD)
     while len(passes) < rounds:
@@ -476,15 +476,11 @@ def say(*words):
     try:
         print(*words, flush=True)
     except BrokenPipeError:  # the `tee` of `train.py | tee log` has ended, by Ctrl-C perhaps
-        mute()
+        # Nobody reads what is printed from now on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not INTERRUPTS.active:
             raise
         INTERRUPTS.asked = True
-
-
-def mute():
-    """Nobody reads what is printed from now on."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Learner:
@@ -703,7 +699,7 @@ def warm_up(trainee, learner):
             action = rng.choice(frozenlake.ACTIONS)
             answer = learner.tokenizer.encode(f"<action>{action}</action>")
             texts.append((*trainee.encode(lake.observation()), *answer))
-        start = 1 + msgrpo.shared_length(texts)  # what comes before is not learned
+        start = 1 + msgrpo.shared_length(texts)  # nothing foretells the tokens before
         logprobs, _ = trainee.score([msgrpo.Answer(ids[:start], ids[start:]) for ids in texts])
         (-logprobs.mean()).backward()
         ramp = min(1, (i + 1) / 10)
@@ -750,7 +746,10 @@ def evaluation_maps(scenario, episodes):
 
 
 class Remembering:
-    """A greedy policy that is asked about a state once: its answer is the same always."""
+    """Asks a policy about each state once, as its greedy answer is always the same.
+
+    States return: on slippery ice, and where a player walks in circles.
+    """
 
     def __init__(self, policy):
         self.policy = policy
@@ -758,19 +757,10 @@ class Remembering:
 
     def act(self, observations, uniforms):
         new = [state for state in dict.fromkeys(observations) if state not in self.answers]
-        if new:
-            self.answers.update(zip(new, self.policy.act(new, uniforms)))
+        for i in range(0, len(new), 256):  # all at once would take more memory than training
+            part = new[i : i + 256]
+            self.answers.update(zip(part, self.policy.act(part, uniforms)))
         return [self.answers[state] for state in observations]
-
-
-def play_in_parts(policy, lakes, greedy):
-    """Episodes of an evaluation: all at once would take more memory than training."""
-    mine = share(lakes)
-    episodes = []
-    for i in range(0, len(mine), 256):
-        after_round = partial(STATUS.detail, "playing")
-        episodes += msgrpo.play(policy, mine[i : i + 256], greedy, after_round)
-    return gather(episodes)
 
 
 def mean_baselines(lakes, weights):
@@ -901,6 +891,8 @@ def advice(m):
     if m["valid"] == 0:
         reason = "no answer named an action. See what it says by --play. "
         return reason + "Try more --max-new-tokens, --think, another --temperature"
+    if m["zero_variance_groups"] < 1:
+        return "log ratios were above --max-gap before the first update: give a larger one"
     reason = "all episodes of each group earned the same: there is nothing to compare. "
     return reason + "Try a larger --group-size, more --groups, a higher --temperature, --max-steps"
 
@@ -919,7 +911,7 @@ def begin(learner, trainee, out):
 def measure_before(learner, lake):
     """Show what the model is and reads; returns its success before the first iteration."""
     parameters = sum(p.numel() for p in learner.master.parameters())
-    prompt = learner.tokenizer.prompt(f"{lake.instructions}\n\n{lake.observation()}", lake.think)
+    prompt = learner.player(lake.instructions).encode(lake.observation())
     say(f"{parameters:,} parameters; {learner.tokenizer.describe_prompt()}. One, as it is read:\n")
     say(learner.tokenizer.decode(prompt) + "\n")
     say("before MS-GRPO, sampled, on held-out lakes:\n" + score_line("", HEADINGS))
@@ -1167,7 +1159,7 @@ def read_settings(mode, folder, given):
 
 
 def load_model(mode, folder, settings):
-    """(model, tokenizer, the rest of a run's state.pt if there is one)."""
+    """(model, tokenizer, and to resume the rest of the run's state.pt, else None)."""
     if mode == "resume" and not (folder / "state.pt").exists():
         say("no state of this run was saved: it begins again")
         folder = Path(settings.checkpoint)
