@@ -89,7 +89,7 @@ class Settings:
     keep: float = setting(0.5, "Draw this share of the episodes, by aaw and uniform", 1e-9, 1)
     update_episodes: int = setting(16, "Take about X drawn episodes in an optimiser step", 1)
     clip: float = setting(0.2, "Clip where the ratio leaves 1 - X to 1 + X [author]")
-    max_gap: float = setting(0.15, "End updates where |log ratio| is X nats; undo a loss of X")
+    max_gap: float = setting(0.15, "End updates at a mean |log ratio| of X; undo one that loses X")
     entropy_coef: float = setting(0.001, "Weigh the entropy bonus by X, per token in nats [author]")
     entropy_floor: float = setting(0.0, "Raise that weight by what the entropy lacks to X nats")
     learning_rate: float = setting(1e-6, "Learn at rate X, after a ramp of ten iterations [author]")
