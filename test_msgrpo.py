@@ -1297,6 +1297,36 @@ def test_an_update_that_unlearns_is_taken_back(credit, rate, undone):
     assert (change < 1e-5) == undone
 
 
+def test_what_is_taken_back_is_the_last_update_that_was_made(monkeypatch):
+    """Not one that was refused, as its gradient was not finite."""
+    learner = tiny_learner(update_episodes=1, entropy_coef=0.0, entropy_floor=0.0)
+    episodes = [far_episode(token, 0.0) for token in (3, 4)]
+    norms = iter([1.0, np.nan])
+    taken_back = []
+    monkeypatch.setattr(learner, "update", lambda rate: next(norms))
+    monkeypatch.setattr(learner, "take_back", lambda: taken_back.append(True))
+    monkeypatch.setattr(train, "mean_log_ratio", lambda *_: -1.0)
+    trainee = learner.trainee("go")
+    updates = train.learn(trainee, learner, episodes, torch.ones(2), [0, 1], rate=1e-6)
+    assert ["taken_back" in update for update in updates] == [True, False]
+    assert taken_back == [True]
+
+
+@pytest.mark.parametrize(
+    "updates, valid, alike, reason",
+    [
+        (1, 1.0, 0.5, "--learning-rate"),
+        (0, 0.0, 1.0, "no answer named an action"),
+        (0, 0.5, 1.0, "earned the same"),
+        (0, 0.5, 0.9, "--max-gap"),
+    ],
+)
+def test_advice_names_the_reason(updates, valid, alike, reason):
+    assert reason in train.advice(
+        {"updates": updates, "valid": valid, "zero_variance_groups": alike}
+    )
+
+
 def test_the_learning_rate_rises_then_falls():
     settings = tiny_settings(iterations=110, learning_rate=2.0, final_rate=0.5)
     found = [train.learning_rate(settings, i) for i in (1, 5, 10, 60, 110)]
