@@ -261,18 +261,15 @@ class Cache:
     place, so that `capture` can record a step.
     """
 
-    def __init__(self, keys_values, slots, lengths, new_tokens):
-        """keys_values: one (keys, values) per layer, each (1, groups, tokens, head_dim).
-
-        slots (rows, width): where among those tokens each row's prompt stands, padded.
-        lengths (rows,): its tokens, without padding.
-        """
-        size = slots.shape[1] + new_tokens
+    def __init__(self, tree, new_tokens):
+        """tree: of the prompts, with their keys and values. A prompt is a row at first."""
+        size = tree.slots.shape[1] + new_tokens
         self.size = math.ceil(size / 16) * 16  # else each layer's attention would pad the mask
-        self.positions = lengths - 1  # (rows,) of the last token so far
-        self.row_ids = torch.arange(len(slots), device=slots.device)
+        self.positions = tree.lengths - 1  # (rows,) of the last token so far
+        self.row_ids = torch.arange(len(tree.slots), device=tree.slots.device)
         self.keys_values = [
-            (self.allocate(k, slots), self.allocate(v, slots)) for k, v in keys_values
+            (self.allocate(k, tree.slots), self.allocate(v, tree.slots))
+            for k, v in tree.keys_values
         ]
 
     def allocate(self, x, slots):
@@ -388,14 +385,14 @@ class LanguageAgent:
         prompts = [self.encode(state) for state in observations]
         distinct, rows = unique(prompts)
         rows = torch.tensor(rows, device=self.device)  # each answer's row of the table
-        table, keys_values, slots, lengths = self.read_prompts(distinct)
+        table, tree = self.read_prompts(distinct)
+        cache = Cache(tree, self.max_new_tokens)
         ensure(not table.isnan().any(), "probabilities are not numbers; lower --learning-rate")
 
         tokens = torch.full((len(prompts), self.max_new_tokens), -1, device=self.device)
         logprobs = torch.zeros(len(prompts), self.max_new_tokens, device=self.device)
         in_batch = torch.arange(len(prompts), device=self.device)  # answers in the batch
         unfinished = torch.ones_like(in_batch, dtype=torch.bool)  # those that have not ended
-        cache = None
         step = None
         for t in range(self.max_new_tokens):
             of_answers = table[rows]  # (answers in the batch, size)
@@ -406,8 +403,6 @@ class LanguageAgent:
             count = int(unfinished.sum())
             if t + 1 == self.max_new_tokens or count == 0:
                 break
-            if cache is None:
-                cache = Cache(keys_values, slots, lengths, self.max_new_tokens)
             # A captured step has a fixed size: answers that ended stay until half of them have
             if step is None or not self.captures or count <= len(in_batch) // 2:
                 kept = unfinished.nonzero()[:, 0]
@@ -431,14 +426,12 @@ class LanguageAgent:
         return origin, token, rows
 
     def read_prompts(self, prompts):
-        """Run prompts: the table of each one's first new token, and what `Cache` needs of them."""
+        """Run prompts: the table of each one's first new token, and their tree for a `Cache`."""
         tree = Tree(prompts, self.device)
         tree.keys_values = []  # for `Cache`
         x = self.model.hidden(tree.ids, tree.positions, tree)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        last = tree.slots.gather(1, lengths[:, None] - 1)[:, 0]
-        table = self.next_logprobs(x[0, last])
-        return table, tree.keys_values, tree.slots, lengths
+        last = tree.slots.gather(1, tree.lengths[:, None] - 1)[:, 0]
+        return self.next_logprobs(x[0, last]), tree
 
     def read_token(self, token, cache):
         """Run the next token (rows,) of each row: the table of the one after it."""
@@ -502,7 +495,7 @@ class Tree:
     share takes the result of one of them.
     """
 
-    keys_values = None  # a list: `attend` adds each layer's, (1, groups, nodes, head_dim)
+    keys_values = None  # a list: `attend` adds each layer's two, (1, groups, nodes, head_dim)
 
     def __init__(self, texts, device):
         start = shared_length([text[:-1] for text in texts])  # so no text's own part is empty
@@ -523,6 +516,7 @@ class Tree:
             positions += [start + depth] * len(text)
             places += (text * len(tokens.T) + depth).tolist()
 
+        self.lengths = torch.tensor([len(text) for text in texts], device=device)
         self.ids = torch.tensor([ids], device=device)
         self.positions = torch.tensor([positions], device=device)
         self.paths = torch.tensor(paths, device=device)

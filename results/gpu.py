@@ -323,8 +323,9 @@ def make_step(agent, prompts):
     """A call that runs one step of sampling again and again; reports the seconds of a capture."""
     distinct, rows = lm.unique(prompts)
     rows = torch.tensor(rows, device=agent.device)
-    table, keys_values, slots, lengths = agent.read_prompts(distinct)
-    cache = lm.Cache(keys_values, slots[rows], lengths[rows], agent.max_new_tokens)
+    table, tree = agent.read_prompts(distinct)
+    cache = lm.Cache(tree, agent.max_new_tokens)
+    cache.take(rows)
     token = lm.sample(table[rows], None)
     uniforms = torch.rand(len(prompts), device=agent.device)
     read_token = agent.read_token
