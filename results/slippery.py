@@ -67,13 +67,17 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--training", action="store_true", help="on lakes that are not held out")
     args = parser.parse_args()
     scenario = frozenlake.SCENARIOS["slippery"]
     maps, _, _ = train.evaluation_maps(scenario, 1000)
+    if args.training:
+        rng = train.generator(5)
+        maps = [frozenlake.draw_map(scenario, rng) for _ in range(1000)]
     counts = Counter(map(tuple, maps))
     rules = (scenario.success_rate, scenario.max_steps)
     lakes = {desc: frozenlake.FrozenLake(desc, *rules) for desc in counts}
-    model, tokenizer = lm.load_pretrained(args.run / "model")
+    model, tokenizer, _ = train.load_model("eval", args.run, None)
     instructions = next(iter(lakes.values())).instructions
     agent = lm.LanguageAgent(model, tokenizer, instructions, max_new_tokens=3)
 
