@@ -422,8 +422,8 @@ class LanguageAgent:
         """
         if self.captures:
             return rows, tokens, torch.arange(len(rows), device=self.device)
-        (origin, token), rows = torch.stack([rows, tokens]).unique(dim=1, return_inverse=True)
-        return origin, token, rows
+        pairs, rows = (rows * self.tokenizer.size + tokens).unique(return_inverse=True)
+        return pairs // self.tokenizer.size, pairs % self.tokenizer.size, rows
 
     def read_prompts(self, prompts):
         """Run prompts: the table of each one's first new token, and their tree for a `Cache`."""

@@ -3,9 +3,10 @@
     python train.py --tiny --scenario slippery ... --out runs/ice
     python results/slippery.py runs/ice
 
-The model's greedy moves are read once for each state of each held-out lake, and valued exactly, by
-the game's own probabilities. Then the moves of some states are replaced by the optimal ones: those
-beside a hole, or all others.
+The model's greedy moves are read once for each state of 1,000 held-out lakes and of 1,000 training
+lakes, and valued exactly, by the game's own probabilities. Then the moves of some states are
+replaced by the optimal ones: those beside a hole, or all others. At last, what the model wins of
+what can be won, by the number of holes: held-out lakes have more of them than training lakes.
 """
 
 import argparse
@@ -62,52 +63,88 @@ def learned_moves(agent, lake, states):
     return moves
 
 
+def players_of(agent, lake):
+    """{player: moves (state,)}, and which states lie beside a hole."""
+    states = [i for i, tile in enumerate(lake.tiles) if tile in "SF"]
+    holes = np.array([tile == "H" for tile in lake.tiles])
+    beside = holes[lake.neighbours].any(0)
+    learned = learned_moves(agent, lake, states)
+    optimal = best_worths(lake).argmax(0)
+    players = {
+        "learned": learned,
+        "optimal beside holes": np.where(beside, optimal, learned),
+        "optimal elsewhere": np.where(beside, learned, optimal),
+        "optimal": optimal,
+    }
+    return players, beside
+
+
+def right_moves(lake, learned):
+    """(state,): is the learned move as good as the best one?"""
+    of_moves = best_worths(lake)
+    return of_moves.max(0) - of_moves[learned, np.arange(len(learned))] < 1e-9
+
+
+def read(agent, counts):
+    """What the players win of these lakes {desc: times}, and how many moves are right.
+
+    Returns {player: success}, {beside: share of right moves}, and {holes: (times, what the model
+    wins, what can be won)}.
+    """
+    scenario = frozenlake.SCENARIOS["slippery"]
+    success = Counter()
+    moves = Counter()
+    by_holes = {}
+    for desc, times in counts.items():
+        lake = frozenlake.FrozenLake(desc, scenario.success_rate, scenario.max_steps)
+        players, beside = players_of(agent, lake)
+        values = {name: value(lake, found) for name, found in players.items()}
+        for name, won in values.items():
+            success[name] += times * won / counts.total()
+        right = right_moves(lake, players["learned"])
+        for state, tile in enumerate(lake.tiles):
+            if tile in "SF":
+                moves[beside[state], right[state]] += times
+        row = by_holes.setdefault(lake.tiles.count("H"), np.zeros(3))
+        row += times * np.array([1, values["learned"], values["optimal"]])
+    shares = {
+        where: moves[where, True] / (moves[where, True] + moves[where, False])
+        for where in (True, False)
+    }
+    return success, shares, by_holes
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--training", action="store_true", help="on lakes that are not held out")
     args = parser.parse_args()
     scenario = frozenlake.SCENARIOS["slippery"]
-    maps, _, _ = train.evaluation_maps(scenario, 1000)
-    if args.training:
-        rng = train.generator(5)
-        maps = [frozenlake.draw_map(scenario, rng) for _ in range(1000)]
-    counts = Counter(map(tuple, maps))
-    rules = (scenario.success_rate, scenario.max_steps)
-    lakes = {desc: frozenlake.FrozenLake(desc, *rules) for desc in counts}
+    held_out, _, _ = train.evaluation_maps(scenario, 1000)
+    rng = train.generator(5)
+    training = [frozenlake.draw_map(scenario, rng) for _ in range(1000)]
     model, tokenizer, _ = train.load_model("eval", args.run, None)
-    instructions = next(iter(lakes.values())).instructions
+    rules = (scenario.success_rate, scenario.max_steps)
+    instructions = frozenlake.FrozenLake(held_out[0], *rules).instructions
     agent = lm.LanguageAgent(model, tokenizer, instructions, max_new_tokens=3)
 
-    success = Counter()
-    right = Counter()
-    states_seen = Counter()
-    for desc, lake in lakes.items():
-        weight = counts[desc] / len(maps)
-        holes = np.array([tile == "H" for tile in lake.tiles])
-        beside = holes[lake.neighbours].any(0)  # (state,)
-        states = [i for i, tile in enumerate(lake.tiles) if tile in "SF"]
-        learned = learned_moves(agent, lake, states)
-        of_moves = best_worths(lake)
-        optimal = of_moves.argmax(0)
-        players = {
-            "learned": learned,
-            "optimal beside holes": np.where(beside, optimal, learned),
-            "optimal elsewhere": np.where(beside, learned, optimal),
-            "optimal": optimal,
-        }
-        for name, moves in players.items():
-            success[name] += weight * value(lake, moves)
-        for state in states:
-            states_seen[beside[state]] += weight
-            lost = of_moves[optimal[state], state] - of_moves[learned[state], state]
-            right[beside[state]] += weight * (lost < 1e-9)
-    for name, mean in success.items():
-        print(f"{name:22s}{mean:.3f}")
-    for place, name in ((True, "beside holes"), (False, "elsewhere")):
-        print(f"an optimal move {name}: {right[place] / states_seen[place]:.2f} of the states")
+    sides = {"held out": held_out, "training": training}
+    found = {side: read(agent, Counter(map(tuple, maps))) for side, maps in sides.items()}
+    print(f"{'':40s}" + "".join(f"{side:>18s}" for side in sides))
+    for player in found["training"][0]:
+        row = "".join(f"{success[player]:18.3f}" for success, _, _ in found.values())
+        print(f"{player:40s}{row}")
+    for beside, place in ((True, "beside holes"), (False, "elsewhere")):
+        row = "".join(f"{shares[beside]:18.2f}" for _, shares, _ in found.values())
+        print(f"{'an optimal move ' + place:40s}{row}")
+    for holes in range(7):
+        name = f"share won, holes: {holes} (share of lakes)"
+        cells = []
+        for _, _, by_holes in found.values():
+            times, won, best = by_holes.get(holes, (0, 0, 0))
+            cells.append(f"{won / best:.2f} ({times / 1000:.2f})" if times else "-")
+        print(f"{name:40s}" + "".join(f"{cell:>18s}" for cell in cells))
 
 
 if __name__ == "__main__":
