@@ -745,6 +745,7 @@ def config_keys(data):
         raw.update(raw.get(rope) or {})
     raw = {key: value for key, value in raw.items() if value is not None}
     heads = raw["num_attention_heads"]
+    check_number("num_attention_heads", heads, int)  # before it divides
     raw.setdefault("num_key_value_heads", heads)
     raw.setdefault("head_dim", raw["hidden_size"] // heads)
     if raw["model_type"] == "qwen2":

@@ -1600,6 +1600,17 @@ def test_a_run_leaves_its_settings(warm):
     assert all(settings[key] == train.TINY[key] for key in untouched)
 
 
+def test_defaults_follow_the_device_that_is_given(monkeypatch):
+    """Not the one that the machine has."""
+    monkeypatch.setattr(lm, "bfloat16_is_fast", lambda kind: kind == "cuda")
+    of_cpu = train.Settings(device="cpu")
+    assert (of_cpu.dtype, of_cpu.recompute) == ("float32", "parts")
+    of_gpu = train.Settings(device="cuda:1")
+    assert (of_gpu.dtype, of_gpu.recompute) == ("bfloat16", "layers")
+    of_gpu = train.Settings(device="cuda", dtype="float32", recompute="nothing")
+    assert (of_gpu.dtype, of_gpu.recompute) == ("float32", "nothing")
+
+
 def test_a_run_leaves_metrics_and_a_summary(warm):
     metrics = read_metrics(warm)
     summary = read_summary(warm)
@@ -2542,6 +2553,7 @@ except OSError as error:
         {"mlp_bias": "no"},
         {"num_hidden_layers": 10**9},
         {"num_hidden_layers": 1},
+        {"num_attention_heads": 0},
         {"num_attention_heads": 3},
         {"num_key_value_heads": 3},
         {"head_dim": 3},

@@ -59,8 +59,6 @@ from frozenlake import SCENARIOS, FrozenLake
 
 IMPORTED.set()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = "bfloat16" if lm.bfloat16_is_fast(DEVICE) else "float32"
-RECOMPUTE = "layers" if DEVICE == "cuda" else "parts"  # a GPU is short of memory, not of speed
 
 
 def setting(default, text, low=0, high=1e18, choices=None):
@@ -108,15 +106,23 @@ class Settings:
     eval_every: int = setting(0, "Evaluate every X iterations; 0: at the end alone")
     eval_episodes: int = setting(1000, "Play at most X episodes to evaluate a scenario", 1)
 
-    dtype: str = setting(DTYPE, "Run passes in these numbers", choices=("float32", "bfloat16"))
+    dtype: str = setting("", "Run passes in these numbers", choices=("float32", "bfloat16"))
     device: str = setting(DEVICE, "Put the model there: cpu, cuda or cuda:N")
     threads: int = setting(torch.get_num_threads(), "Use X threads of the CPU", 1, 4096)
     micro_batch_tokens: int = setting(16384, "Take about X tokens in one pass", 1)
     recompute: str = setting(
-        RECOMPUTE,
+        "",
         "Compute this twice to save memory: layers needs least, nothing is fastest",
         choices=("nothing", "parts", "layers"),
     )
+
+    def __post_init__(self):
+        """Choose what depends on the device, where it is not given."""
+        kind = self.device.split(":")[0]
+        if not self.dtype:
+            self.dtype = "bfloat16" if lm.bfloat16_is_fast(kind) else "float32"
+        if not self.recompute:  # a GPU is short of memory, not of speed
+            self.recompute = "layers" if kind == "cuda" else "parts"
 
     def lake(self, desc, *key, scenario=None):
         """The game on one map, with this run's text and rewards; its luck follows from the key.
@@ -1079,13 +1085,14 @@ def make_parser():
         "--out", metavar="DIR", help="folder of the run (default: a new one under runs/)"
     )
     group = parser
+    defaults = Settings()
     for f in fields(Settings):
         if f.name in SECTIONS:  # the first of a section
             group = parser.add_argument_group(SECTIONS[f.name])
         if f.name == "checkpoint":
             continue  # a mode
         tiny = f", tiny {TINY[f.name]}" if f.name in TINY else ""
-        text = f"{f.metadata['help']} (default {f.default}{tiny})"
+        text = f"{f.metadata['help']} (default {getattr(defaults, f.name)}{tiny})"
         flag = f"--{f.name.replace('_', '-')}"
         if f.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
