@@ -144,8 +144,11 @@ def episode_advantages(returns, normalize_std=True):
 
 
 def assign_credit(episodes, advantages, gamma=1.0):
-    """Pay step t of episode i gamma^(T_i - 1 - t) A_i: 1 is MS-GRPO, 0 pays the last step alone."""
-    for episode, advantage in zip(episodes, advantages.tolist()):
+    """Pay step t of episode i gamma^(T_i - 1 - t) A_i: 1 is MS-GRPO, 0 pays the last step alone.
+
+    advantages: (episodes,) or (groups, G).
+    """
+    for episode, advantage in zip(episodes, advantages.flatten().tolist()):
         for t, step in enumerate(episode):
             distance = len(episode) - 1 - t
             step.credit = advantage * gamma**distance

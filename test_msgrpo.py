@@ -1266,10 +1266,7 @@ def test_updates_end_where_the_policy_has_gone_too_far():
     gaps = [0.1, 0.1, 0.9, 0.1]
     episodes = [far_episode(token, gap) for token, gap in enumerate(gaps, start=3)]
     episodes[0][0].credit = 0.0
-    advantages = torch.tensor([0.0, 1.0, 1.0, 1.0])
-    updates = train.learn(
-        learner.trainee("go"), learner, episodes, advantages, [0, 1, 2, 3], rate=1e-6
-    )
+    updates = train.learn(learner.trainee("go"), learner, episodes, [0, 1, 2, 3], rate=1e-6)
     assert [update["trained"] for update in updates] == [1]
     assert updates[0]["logprob_gap"] == pytest.approx(0.1, abs=1e-4)
     assert updates[0]["grad_norm"] > 0
@@ -1289,8 +1286,7 @@ def test_an_update_that_unlearns_is_taken_back(credit, rate, undone):
     trainee.score(answers)[0].sum().backward()
     learner.update(1e-5)  # so that there are moments
     before = weights_of(learner.master)
-    advantages = torch.full((16,), credit)
-    updates = train.learn(trainee, learner, episodes, advantages, list(range(16)), rate)
+    updates = train.learn(trainee, learner, episodes, list(range(16)), rate)
     assert len(updates) == 1
     assert updates[0].get("taken_back", False) == undone
     change = (weights_of(learner.master) - before).abs().max()
@@ -1307,7 +1303,7 @@ def test_what_is_taken_back_is_the_last_update_that_was_made(monkeypatch):
     monkeypatch.setattr(learner, "take_back", lambda: taken_back.append(True))
     monkeypatch.setattr(train, "mean_log_ratio", lambda *_: -1.0)
     trainee = learner.trainee("go")
-    updates = train.learn(trainee, learner, episodes, torch.ones(2), [0, 1], rate=1e-6)
+    updates = train.learn(trainee, learner, episodes, [0, 1], rate=1e-6)
     assert ["taken_back" in update for update in updates] == [True, False]
     assert taken_back == [True]
 
@@ -1750,6 +1746,29 @@ def test_a_fork_brings_an_agent_of_its_own(warm, tmp_path):
         assert figures["valid"] == 0
 
 
+def test_a_fork_brings_a_credit_rule_of_its_own(warm, tmp_path):
+    """It is told the groups. Credit is what is trained on: where there is none, nothing changes."""
+
+    def pay_nobody(episodes, advantages, gamma):
+        shapes.append((len(episodes), advantages.shape, gamma))
+
+    def pay_first_steps(episodes, advantages, gamma):
+        for episode, advantage in zip(episodes, advantages.flatten().tolist()):
+            episode[0].credit = advantage
+
+    shapes = []
+    flags = "--iterations 1 --gamma 0.5 --sampling all --entropy-coef 0"
+    assert start(warm, tmp_path / "a", flags, assign_credit=pay_nobody) == 0
+    assert shapes == [(16, (4, 4), 0.5)]
+    metrics = read_metrics(tmp_path / "a")[0]
+    assert metrics["nonzero_episodes"] > 0
+    assert metrics["updates"] == metrics["trained_episodes"] == 0
+
+    assert start(warm, tmp_path / "b", flags, assign_credit=pay_first_steps) == 0
+    metrics = read_metrics(tmp_path / "b")[0]
+    assert metrics["trained_episodes"] == metrics["nonzero_episodes"] > 0
+
+
 def test_max_steps_is_of_training_alone():
     desc = MAPS["4x4"]
     assert tiny_settings().lake(desc).max_steps == 8
@@ -1994,7 +2013,7 @@ def test_bad_use_is_one_line_and_touches_nothing(use, homes, capfd, monkeypatch)
     ],
 )
 def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
-    def run(argv, agent_class):
+    def run(argv):
         with lm.blaming("a file"):
             raise error
 
@@ -3076,12 +3095,42 @@ def test_a_models_chat_is_saved_with_it(checkpoint, tmp_path):
     assert again.end_ids == tokenizer.end_ids and again.size == tokenizer.size
 
 
-def test_the_smollm2_scripts_agent_scores_what_it_says(tmp_path):
-    """On a random model that has SmolLM2's chat; the script's whole command."""
-    path = Path(train.__file__).parent / "results/smollm2.py"
-    spec = importlib.util.spec_from_file_location("smollm2", path)
+def load_script(name):
+    """A script of results/ as a module."""
+    path = Path(train.__file__).parent / f"results/{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_kl_term_leads_back_to_the_reference():
+    """Its gradient is 0 at the reference, and that of the mean of q/p - log q/p - 1 elsewhere."""
+    script = load_script("own_game")
+    agent = corridor_agent()
+    reference = corridor_agent()
+    episodes = msgrpo.play(agent, corridors(6))
+    script.add_kl(agent, reference, episodes, coef=0.5)
+    assert gradient(agent.model).norm() < 1e-6
+
+    with torch.no_grad():
+        agent.model.lm_head.weight *= 1.5
+    agent.model.zero_grad()
+    script.add_kl(agent, reference, episodes, coef=0.5)
+    found = gradient(agent.model)
+    agent.model.zero_grad()
+    answers = [step.answer for episode in episodes for step in episode]
+    log_p = agent.score(answers)[0]
+    log_q = reference.score(answers)[0].detach()
+    (0.5 * ((log_q - log_p).exp() - (log_q - log_p) - 1).mean()).backward()
+    torch.testing.assert_close(found, gradient(agent.model))
+    assert found.norm() > 1e-3
+    assert all(weight.grad is None for weight in reference.model.parameters())
+
+
+def test_the_smollm2_scripts_agent_scores_what_it_says(tmp_path):
+    """On a random model that has SmolLM2's chat; the script's whole command."""
+    script = load_script("smollm2")
     tokenizer = load_chat("smollm2")
     model = lm.Transformer(dataclasses.replace(CONFIG, vocab_size=tokenizer.size))
     files, template = chat_files("smollm2")

@@ -167,18 +167,18 @@ def iterate(player, trainee, learner, iteration, replay_pool):
     returns = msgrpo.episode_returns(episodes).view(s.groups, s.group_size)
 
     # 3. Advantages in the group
-    advantages = group_advantages(returns, s).flatten()
+    advantages = group_advantages(returns, s)  # (groups, G)
 
     # 4. Each step is paid its episode's advantage
-    msgrpo.assign_credit(episodes, advantages, s.gamma)
+    learner.assign_credit(episodes, advantages, s.gamma)
 
     # 5. Draw the episodes to train on
     count = max(1, round(s.keep * len(episodes)))
-    drawn = msgrpo.draw_episodes(advantages, s.sampling, count, rng)
+    drawn = msgrpo.draw_episodes(advantages.flatten(), s.sampling, count, rng)
     rng.shuffle(drawn)  # ours: updates take them in a random order
 
     # 6. Ascend the clipped objective
-    updates = learn(trainee, learner, episodes, advantages, drawn, learning_rate(s, iteration))
+    updates = learn(trainee, learner, episodes, drawn, learning_rate(s, iteration))
 
     lost = [desc for desc, won in zip(maps, success.all(1)) if not won]
     replay_pool[:] = (remaining + lost)[-256:]
@@ -189,12 +189,12 @@ def iterate(player, trainee, learner, iteration, replay_pool):
     }
 
 
-def learn(trainee, learner, episodes, advantages, drawn, rate):
+def learn(trainee, learner, episodes, drawn, rate):
     """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
 
     Ours: once the mean |log ratio| to the policy that played is above `max_gap`, that gradient is
-    thrown away, and the iteration has no more updates. The last update is undone where the tokens
-    with A > 0 of its episodes have lost more than that: one step can undo what hundreds taught.
+    thrown away, and the iteration has no more updates. The last update is undone where its tokens
+    with credit > 0 have lost more than that: one step can undo what hundreds taught.
     """
     s = learner.settings
     if not drawn:
@@ -203,19 +203,21 @@ def learn(trainee, learner, episodes, advantages, drawn, rate):
     updates = []
     paid = []
     for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))):
-        if not bonus and not advantages[part].any():
+        of_part = [episodes[i] for i in part]
+        with_credit = [episode for episode in of_part if any(step.credit for step in episode)]
+        if not bonus and not with_credit:
             continue  # nothing to learn from
         # can_stop, the last argument: an iteration without an update can still be given up
-        update = accumulate_gradient(trainee, [episodes[i] for i in part], s, bonus, not updates)
+        update = accumulate_gradient(trainee, of_part, s, bonus, not updates)
         if not update["logprob_gap"] <= s.max_gap:  # it may be NaN
             learner.optimizer.zero_grad()
             break
         update["grad_norm"] = learner.update(rate)
-        update["trained"] = int((advantages[part] != 0).sum())
+        update["trained"] = len(with_credit)
         updates.append(update)
         if np.isfinite(update["grad_norm"]):  # else it was refused
             last = update
-            paid = [episodes[i] for i in part if advantages[i] > 0] or paid
+            paid = [step for episode in of_part for step in episode if step.credit > 0] or paid
     if paid and not mean_log_ratio(trainee, paid, s) >= -s.max_gap:
         learner.take_back()
         last["taken_back"] = True
@@ -338,9 +340,8 @@ def accumulate_gradient(trainee, episodes, s, entropy_coef, can_stop):
 
 
 @torch.no_grad()
-def mean_log_ratio(trainee, episodes, s):
-    """Of the episodes' tokens, now and when they were sampled; 0 where there are none."""
-    steps = [step for episode in episodes for step in episode]
+def mean_log_ratio(trainee, steps, s):
+    """Of the steps' tokens, now and when they were sampled; 0 where there are none."""
     total = 0.0
     for batch, weight in share_passes(steps, s.micro_batch_tokens):
         now = trainee.score([step.answer for step in batch])[0].sum().item()
@@ -498,11 +499,19 @@ class Learner:
     which learns itself (FSDP2), and the copy plays.
     """
 
-    def __init__(self, settings, model, tokenizer, agent_class=lm.LanguageAgent):
+    def __init__(
+        self,
+        settings,
+        model,
+        tokenizer,
+        agent_class=lm.LanguageAgent,
+        assign_credit=msgrpo.assign_credit,
+    ):
         s = settings
         self.settings = s
         self.tokenizer = tokenizer
         self.agent_class = agent_class
+        self.assign_credit = assign_credit
         self.dtype = getattr(torch, s.dtype)
         torch.set_num_threads(s.threads)
         with lm.blaming(f"--device {s.device}"):  # such as cuda:9
@@ -1042,7 +1051,7 @@ metrics.jsonl has a line per iteration:
     generated_tokens             tokens sampled
     nonzero_episodes             episodes with an advantage that is not 0
     drawn_episodes               episodes drawn to train on
-    trained_episodes, trained_tokens     in updates: episodes with an advantage; all tokens
+    trained_episodes, trained_tokens     in updates: episodes with credit; all tokens
     updates, refused_updates     optimiser steps; those refused, as the gradient was not finite
     taken_back                   1 if the last one was undone: it made what it paid for unlikely
     loss, entropy, clip_share    per token, means over the updates; clip_share: where it was clipped
@@ -1120,8 +1129,11 @@ def checked(settings):
     return settings
 
 
-def run(argv, agent_class):
-    """One command. Raises ValueError or OSError, with a line that says why, on bad use or input."""
+def run(argv, **fork):
+    """One command; fork: as `main` says.
+
+    Raises ValueError or OSError, with a line that says why, on bad use or input.
+    """
     given = vars(make_parser().parse_args(argv))
     mode = next((mode for mode in ("tiny", *MODES) if mode in given), None)
     lm.ensure(mode, "give --tiny, or a folder by --checkpoint, --resume, --eval or --play")
@@ -1135,7 +1147,7 @@ def run(argv, agent_class):
     STATUS.doing("loading the model")
     model, tokenizer, state = load_model(mode, folder, settings)
     # The learner is made before the folder: what cannot start leaves none behind
-    learner = Learner(settings, model, tokenizer, agent_class)
+    learner = Learner(settings, model, tokenizer, **fork)
     if mode == "eval":
         evaluate_all(learner)
     elif mode == "play":
@@ -1244,10 +1256,11 @@ def join_processes(device):
     torch.distributed.init_process_group(backend, timeout=timeout)
 
 
-def main(argv=None, agent_class=lm.LanguageAgent):
+def main(argv=None, **fork):
     """The command line: 0 for success, 2 for bad use or input, 130 where it was interrupted.
 
-    agent_class: made and used as lm.LanguageAgent is. So a fork can change how its model is asked.
+    fork: what a fork has of its own. `agent_class`: made and used as lm.LanguageAgent is, `encode`
+    included. `assign_credit`: called as msgrpo.assign_credit is, with advantages (groups, G).
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
@@ -1255,7 +1268,7 @@ def main(argv=None, agent_class=lm.LanguageAgent):
         sys.stdout = open(os.devnull, "w")
     try:
         with STATUS:
-            run(argv, agent_class)
+            run(argv, **fork)
         return 0
     except KeyboardInterrupt as error:
         return complain(": ".join(["interrupted", *error.args]), 130)
