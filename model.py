@@ -542,30 +542,14 @@ class Tree:
 
 
 def gather(x, nodes):
-    """x (1, heads, all nodes, head_dim), nodes (texts, some) -> (texts, heads, some, head_dim)."""
-    rows = x[0].transpose(0, 1).flatten(1)  # (all nodes, heads * head_dim)
-    found = TakeRows.apply(rows, nodes)
-    return found.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
+    """x (1, heads, all nodes, head_dim), nodes (texts, some) -> (texts, heads, some, head_dim).
 
-
-class TakeRows(torch.autograd.Function):
-    """rows[index]. What comes back to a row is added up in float32.
-
-    Thousands of texts may share a row. In bfloat16, a sum of so many would stop growing.
+    What comes back to a node is added up in float32: thousands of texts may share one, and in
+    bfloat16 a sum of so many would stop growing.
     """
-
-    @staticmethod
-    def forward(ctx, rows, index):
-        ctx.save_for_backward(index)
-        ctx.count = len(rows)
-        return F.embedding(index, rows)
-
-    @staticmethod
-    def backward(ctx, of_found):
-        (index,) = ctx.saved_tensors
-        of_rows = of_found.new_zeros(ctx.count, of_found.shape[-1], dtype=torch.float32)
-        of_rows.index_add_(0, index.flatten(), of_found.flatten(0, -2).float())
-        return of_rows.to(of_found.dtype), None
+    rows = x[0].transpose(0, 1).flatten(1).float()  # (all nodes, heads * head_dim)
+    found = rows.index_select(0, nodes.flatten()).to(x.dtype)
+    return found.view(*nodes.shape, x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def bfloat16_is_fast(device):
