@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -488,11 +487,11 @@ class Tree:
     """Texts, in which what begins alike is run once.
 
         texts        I A B, I A C, I D
-        ids          I A D B C            one long row of nodes: tokens with all that is before them
-        positions    0 1 1 2 2
-        slots        0 1 3, 0 1 4, 0 2    where each text's nodes stand in the row
+        ids          I A B C D            one long row of nodes: tokens with all that is before them
+        positions    0 1 2 2 1
+        slots        0 1 2, 0 1 3, 0 4    where each text's nodes stand in the row
         shared       0                    the nodes that begin all texts: the instructions
-        paths        1 3, 1 4, 2          the others
+        paths        1 2, 1 3, 4          the others
 
     Only attention takes the texts apart: it gathers each one's nodes, and a node that several texts
     share takes the result of one of them.
@@ -502,27 +501,28 @@ class Tree:
 
     def __init__(self, texts, device):
         start = shared_length([text[:-1] for text in texts])  # so no text's own part is empty
-        tokens = np.array(pad([text[start:] for text in texts], -1))  # (texts, longest)
-        paths = np.zeros_like(tokens)  # of each text, its nodes; padding, which none sees, is 0
+        width = max(len(text) for text in texts) - start
         ids = list(texts[0][:start])
         positions = list(range(start))
+        nodes = {}  # {(the node before, token): node}
+        paths = []  # of each text, its nodes
         places = []  # of each node, its first place in the paths
-        before = np.zeros(len(texts), int)  # the node before, which is the same for all at first
-        for depth, column in enumerate(tokens.T):
-            (active,) = np.nonzero(column >= 0)  # texts that are so long
-            beginnings = (before[active] << 32) + column[active]  # equal where all so far is equal
-            _, first, index = np.unique(beginnings, return_index=True, return_inverse=True)
-            before[active] = len(ids) + index
-            paths[active, depth] = len(ids) + index
-            text = active[first]  # a text of each node
-            ids += column[text].tolist()
-            positions += [start + depth] * len(text)
-            places += (text * len(tokens.T) + depth).tolist()
+        for text in texts:
+            path = []
+            node = None  # what begins all texts is the same for all
+            for token in text[start:]:
+                node = nodes.setdefault((node, token), len(ids))
+                if node == len(ids):  # a new one
+                    ids.append(token)
+                    positions.append(start + len(path))
+                    places.append(len(paths) * width + len(path))
+                path.append(node)
+            paths.append(path)
 
         self.lengths = torch.tensor([len(text) for text in texts], device=device)
         self.ids = torch.tensor([ids], device=device)
         self.positions = torch.tensor([positions], device=device)
-        self.paths = torch.tensor(paths, device=device)
+        self.paths = torch.tensor(pad(paths, 0), device=device)  # padding, which none sees, is 0
         self.places = torch.tensor(places, device=device)  # (nodes,) in the flattened paths
         self.shared = torch.arange(start, device=device)[None]
         self.slots = torch.cat([self.shared.expand(len(texts), -1), self.paths], 1)

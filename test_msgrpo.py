@@ -664,13 +664,13 @@ def test_a_sample_of_chunks_is_that_of_one_cumulative_sum(size):
 
 
 def test_texts_that_begin_alike_are_run_once():
-    """Nodes: what begins all texts, then each distinct beginning, short ones first."""
+    """Nodes: what begins all texts, then each text's own, where they are new."""
     tree = lm.Tree([(7, 8, 1, 2, 3), (7, 8, 1, 2, 4), (7, 8, 5), (7, 8, 1, 2, 3)], "cpu")
-    assert tree.ids.tolist() == [[7, 8, 1, 5, 2, 3, 4]]
-    assert tree.positions.tolist() == [[0, 1, 2, 2, 3, 4, 4]]
+    assert tree.ids.tolist() == [[7, 8, 1, 2, 3, 4, 5]]
+    assert tree.positions.tolist() == [[0, 1, 2, 3, 4, 4, 2]]
     assert tree.shared.tolist() == [[0, 1]]
-    assert tree.paths[[0, 1, 3]].tolist() == [[2, 4, 5], [2, 4, 6], [2, 4, 5]]
-    assert tree.slots[2, :3].tolist() == [0, 1, 3]
+    assert tree.paths[[0, 1, 3]].tolist() == [[2, 3, 4], [2, 3, 5], [2, 3, 4]]
+    assert tree.slots[2, :3].tolist() == [0, 1, 6]
 
 
 def test_a_text_that_begins_another_keeps_its_last_token():
