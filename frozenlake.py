@@ -59,11 +59,9 @@ def parse_action(text):
 @functools.lru_cache(65536)
 def render(tiles, columns, state):
     """phi: a state as a grid of symbols."""
-    symbols = {"S": "_", "F": "_", "H": "O", "G": "G"}
-    cells = [symbols[tile] for tile in tiles]
+    cells = list(tiles.translate(str.maketrans("SFH", "__O")))
     cells[state] = "P"
-    rows = [" ".join(cells[i : i + columns]) for i in range(0, len(cells), columns)]
-    return "\n".join(rows)
+    return "\n".join(" ".join(row) for row in as_rows(cells, columns))
 
 
 @functools.cache

@@ -9,7 +9,6 @@ of names.
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import time
@@ -262,25 +261,20 @@ class Cache:
 
     def __init__(self, tree, new_tokens):
         """tree: of the prompts, with their keys and values. A prompt is a row at first."""
-        size = tree.slots.shape[1] + new_tokens
-        self.size = math.ceil(size / 16) * 16  # else each layer's attention would pad the mask
+        rows, width = tree.slots.shape
+        size = width + new_tokens
+        self.size = size + -size % 16  # else each layer's attention would pad the mask
         self.positions = tree.lengths - 1  # (rows,) of the last token so far
-        self.row_ids = torch.arange(len(tree.slots), device=tree.slots.device)
-        self.keys_values = [
-            (self.allocate(k, tree.slots), self.allocate(v, tree.slots))
-            for k, v in tree.keys_values
+        self.row_ids = torch.arange(rows, device=tree.slots.device)
+        room = (0, 0, 0, self.size - width)
+        self.keys_values = [  # of each layer, two (rows, groups, slots, head_dim)
+            [F.pad(gather(x, tree.slots), room) for x in pair] for pair in tree.keys_values
         ]
-
-    def allocate(self, x, slots):
-        rows, width = slots.shape
-        found = x.new_zeros(rows, x.shape[1], self.size, x.shape[3])
-        found[:, :, :width] = gather(x, slots)
-        return found
 
     def advance(self):
         """Go on to the next token: its position, and the mask that lets it see the slots so far."""
         self.positions += 1
-        keys = self.keys_values[0][0]  # (rows, groups, slots, head_dim)
+        keys = self.keys_values[0][0]
         slots = torch.arange(self.size, device=keys.device)
         is_later = slots > self.positions[:, None]  # (rows, slots)
         mask = torch.zeros(is_later.shape, dtype=keys.dtype, device=keys.device)
@@ -369,7 +363,6 @@ class LanguageAgent:
         self.encode = lru_cache(65536)(
             lambda state: tuple(tokenizer.prompt(f"{instructions}\n\n{state}", think))
         )
-        self.decode = lru_cache(65536)(tokenizer.decode)
 
     def next_logprobs(self, x):
         """Log-probabilities of the next token after hidden states x (rows, width): (rows, size).
@@ -447,7 +440,7 @@ class LanguageAgent:
         for prompt, row, row_logprobs in zip(prompts, tokens, logprobs):
             response = tuple(token for token in row if token >= 0)
             truncated = response[-1] not in self.tokenizer.end_ids
-            text = self.decode(response)
+            text = self.tokenizer.decode(response)
             answers.append(Answer(prompt, response, row_logprobs[: len(response)], text, truncated))
         return answers
 
@@ -1128,10 +1121,9 @@ class Tokenizer:
         ensure(good and len(self.bytes_of) == len(ids), "a token has no id of its own")
         self.size = min(rows, 1 + max(self.bytes_of))
 
-        usable = [token for token in added if token["id"] < rows]
-        self.added = {token["content"]: token["id"] for token in usable}
-        control = [token for token in usable if token.get("special")]
-        self.special = {token["content"]: token["id"] for token in control}
+        self.added = {name: i for name, i in names.items() if i < rows}
+        control = {token["content"] for token in added if token.get("special")}
+        self.special = {name: i for name, i in self.added.items() if name in control}
         self.find_added = re.compile(any_of(self.added))
         self.begin_of_special = re.compile(f"(?={any_of(self.special)}).", re.DOTALL)
         return ids
@@ -1371,12 +1363,11 @@ def load_pretrained(directory, dtype=torch.float32, weights=None):
         named = set(weights)
     config = untie(config, tensors)
     model = empty_model(directory, config, tensors, named)
-    converted = {}
-    for name in list(tensors):
-        converted[name] = tensors.pop(name).to(dtype)
-        low, high = converted[name].aminmax()  # without a copy; both are NaN where one number is
+    for name in tensors:
+        tensors[name] = tensors[name].to(dtype)
+        low, high = tensors[name].aminmax()  # without a copy; both are NaN where one number is
         ensure(low.isfinite() and high.isfinite(), f"{directory}: {name} is not finite")
-    model.load_state_dict(converted, assign=True)
+    model.load_state_dict(tensors, assign=True)
     model.files = files
     return model, tokenizer
 

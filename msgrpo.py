@@ -262,30 +262,28 @@ def backward(policy, steps, tokens, clip=0.2, entropy_coef=0.0, scale=1.0):
     return torch.stack(sums).cpu()
 
 
-def steps_to_score(steps, entropy_coef):
-    """The steps that have a gradient: without an entropy bonus, those with credit."""
-    return [step for step in steps if step.credit or entropy_coef]
+def all_passes(steps, budget):
+    """The micro-batches of an update, each with the weight of its gradient."""
+    return [(batch, 1) for batch in micro_batches(steps, budget)]
 
 
-def accumulate_gradient(policy, episodes, clip=0.2, entropy_coef=0.0, budget=16384):
+def accumulate_gradient(
+    policy, episodes, clip=0.2, entropy_coef=0.0, budget=16384, passes=all_passes
+):
     """Add the gradient of one update's loss on these episodes to the parameters' .grad.
 
-    budget: tokens of a micro-batch, about. Returns the update's statistics, as `statistics` says.
-    (train.py has the same loop for several processes.)
+    budget: tokens of a micro-batch, about. passes: `all_passes`, or what makes this process's part
+    of them. Returns statistics of the update; all but the loss are means over scored tokens.
     """
     steps = [step for episode in episodes for step in episode]
-    scored = steps_to_score(steps, entropy_coef)
     tokens = count_tokens(steps)
+    # Without an entropy bonus, only steps with credit have a gradient
+    scored = [step for step in steps if step.credit or entropy_coef]
     sums = torch.zeros(4, dtype=torch.float64)
-    for batch in micro_batches(scored, budget):
-        sums += backward(policy, batch, tokens, clip, entropy_coef)
-    return statistics(sums, tokens, count_tokens(scored))
-
-
-def statistics(sums, tokens, scored_tokens):
-    """Of the sums of `backward` over an update: its loss, and means over scored tokens."""
+    for batch, weight in passes(scored, budget):
+        sums += weight * backward(policy, batch, tokens, clip, entropy_coef, weight)
     loss, entropy, clipped, gap = sums.tolist()
-    scored_tokens = max(1, scored_tokens)
+    scored_tokens = max(1, count_tokens(scored))
     return {
         "tokens": tokens,
         "loss": loss / max(1, tokens),

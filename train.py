@@ -310,33 +310,36 @@ def play_share(player, games):
 
 
 def share_passes(steps, budget):
-    """This process's micro-batches, each with its weight.
+    """This process's micro-batches, each with a weight, so that means over processes are sums.
 
     All processes must make the same number of passes: one without work repeats a step, of weight 0.
     """
     batches = msgrpo.micro_batches(steps, budget, parts=WORLD)
-    passes = [(batch, 1.0) for batch in batches[RANK::WORLD]]
-    rounds = -(-len(batches) // WORLD)
-    while len(passes) < rounds:
-        passes.append((batches[0][:1], 0.0))
+    passes = [(batch, WORLD) for batch in batches[RANK::WORLD]]
+    if len(passes) * WORLD < len(batches):
+        passes.append((batches[0][:1], 0))
     return passes
 
 
 def accumulate_gradient(trainee, episodes, s, entropy_coef, can_stop):
-    """As msgrpo.accumulate_gradient, with its passes shared by the processes."""
-    steps = [step for episode in episodes for step in episode]
-    scored = msgrpo.steps_to_score(steps, entropy_coef)
-    tokens = msgrpo.count_tokens(steps)
-    sums = torch.zeros(4, dtype=torch.float64)
-    passes = share_passes(scored, s.micro_batch_tokens)
-    for i, (batch, weight) in enumerate(passes):
-        STATUS.detail("learning", i, len(passes))
-        stop_if(can_stop and INTERRUPTS.asked)
-        # The processes' gradients are averaged, not added: hence the factor
-        scale = weight * WORLD
-        sums += weight * msgrpo.backward(trainee, batch, tokens, s.clip, entropy_coef, scale)
-    sums = sum(gather([sums]))
-    return msgrpo.statistics(sums, tokens, msgrpo.count_tokens(scored))
+    """As msgrpo.accumulate_gradient, with its passes shared by the processes.
+
+    FSDP2 averages their gradients: hence the weights.
+    """
+
+    def passes(scored, budget):
+        mine = share_passes(scored, budget)
+        for i, one in enumerate(mine):
+            STATUS.detail("learning", i, len(mine))
+            stop_if(can_stop and INTERRUPTS.asked)
+            yield one
+
+    found = msgrpo.accumulate_gradient(
+        trainee, episodes, s.clip, entropy_coef, s.micro_batch_tokens, passes
+    )
+    found = gather([found])
+    means = {key: np.mean([update[key] for update in found]) for key in found[0]}
+    return means | {"tokens": found[0]["tokens"]}
 
 
 @torch.no_grad()
@@ -347,7 +350,7 @@ def mean_log_ratio(trainee, steps, s):
         now = trainee.score([step.answer for step in batch])[0].sum().item()
         sampled = sum(sum(step.answer.logprobs) for step in batch)
         total += weight * (now - sampled)
-    return sum(gather([total])) / max(1, msgrpo.count_tokens(steps))
+    return np.mean(gather([total])) / max(1, msgrpo.count_tokens(steps))
 
 
 def choose_maps(s, replay_pool, rng):
@@ -436,12 +439,11 @@ INTERRUPTS = Interrupts()
 class Status:
     """What goes on, how long: a line rewritten on a terminal, printed now and then elsewhere."""
 
-    def __init__(self):
-        self.text = ""
-        self.more = ""
-        self.since = 0.0
-        self.ended = threading.Event()
-        self.is_terminal = RANK == 0 and sys.stderr.isatty()
+    text = ""
+    more = ""
+    since = 0.0
+    ended = threading.Event()
+    is_terminal = RANK == 0 and sys.stderr.isatty()
 
     def __enter__(self):
         self.ended.clear()
@@ -860,7 +862,7 @@ def train(learner, out, state):
                 metrics = iterate(player, trainee, learner, iteration, state["replay_pool"])
             except Stopped:
                 save_state(out, state, learner)
-                raise KeyboardInterrupt(f"go on by --resume {shlex.quote(str(out))}") from None
+                break
             tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
             metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
             if s.eval_every and iteration % s.eval_every == 0:

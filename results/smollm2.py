@@ -72,7 +72,7 @@ class WordAgent(lm.LanguageAgent):
         logprobs = table.gather(1, tokens[:, None])
         answers = []
         for prompt, token, logprob in zip(prompts, tokens.tolist(), logprobs.tolist()):
-            text = OPEN + self.decode((token,)) + CLOSE
+            text = OPEN + self.tokenizer.decode((token,)) + CLOSE
             answers.append(Answer(prompt, (token,), logprob, text))
         return answers
 
