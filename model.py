@@ -961,7 +961,7 @@ def split_by(regex):
 def split_pattern(pre_tokenizer):
     """The regular expression of the pieces into which tokenizer.json's pre_tokenizer cuts text."""
     *first, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    plain = last["type"] == "ByteLevel" and last["add_prefix_space"] is False
+    plain = last.get("type") == "ByteLevel" and last.get("add_prefix_space") is False
     match plain, last.get("use_regex", True), first:
         case True, True, []:
             return GPT2_PIECES
@@ -1096,7 +1096,7 @@ class Tokenizer:
         tokens = mergeable_tokens(bpe, rows)
         self.id_of_rank = list(tokens.values())
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        pieces = split_pattern(raw["pre_tokenizer"])
+        pieces = split_pattern(raw.get("pre_tokenizer") or {})
         self.encoding = tiktoken.Encoding(
             "", pat_str=pieces, mergeable_ranks=ranks, special_tokens={}
         )
