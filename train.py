@@ -169,7 +169,7 @@ def iterate(player, trainee, learner, iteration, replay_pool):
     # 3. Advantages in the group
     advantages = group_advantages(returns, s)  # (groups, G)
 
-    # 4. Each step is paid its episode's advantage
+    # 4. Each step is paid its episode's advantage: msgrpo.assign_credit, or a fork's rule
     learner.assign_credit(episodes, advantages, s.gamma)
 
     # 5. Draw the episodes to train on
