@@ -307,23 +307,23 @@ class Cache:
         self.row_ids = torch.arange(len(rows), device=rows.device)
 
 
-def sample(table, uniforms):
-    """The token of each row where the cumulative distribution passes the row's uniform.
+def sample(table, rows, uniforms):
+    """The token of each answer where the cumulative distribution of its row passes its uniform.
 
-    table (rows, size) of log-probabilities, uniforms (rows,) in [0, 1), None: greedy -> (rows,). As
-    each row has a uniform of its own, its token does not depend on the other rows.
+    table (rows, size) of log-probabilities, rows (answers,), uniforms (answers,) in [0, 1), None:
+    greedy -> (answers,). An answer's token does not depend on the other answers.
     """
     if uniforms is None:
-        return table.argmax(-1)
+        return table.argmax(-1)[rows]
     # First the chunk, then the token in it: sums along the whole table would take a GPU long
     missing = -table.shape[1] % CHUNK
     chunks = F.pad(table.exp(), (0, missing)).unflatten(1, (-1, CHUNK))  # (rows, chunks, CHUNK)
-    cumulative = chunks.sum(2).cumsum(1)  # (rows, chunks)
+    cumulative = chunks.sum(2).cumsum(1)[rows]  # (answers, chunks)
     total = cumulative[:, -1:]
     thresholds = torch.minimum(uniforms[:, None] * total, just_below(total))
-    chunk = torch.searchsorted(cumulative, thresholds, right=True)  # (rows, 1)
+    chunk = torch.searchsorted(cumulative, thresholds, right=True)  # (answers, 1)
     before = F.pad(cumulative, (1, 0)).gather(1, chunk)
-    inside = chunks.take_along_dim(chunk[:, :, None], 1)[:, 0].cumsum(1)  # (rows, CHUNK)
+    inside = chunks[rows, chunk[:, 0]].cumsum(1)  # (answers, CHUNK)
     thresholds = torch.minimum(thresholds - before, just_below(inside[:, -1:]))
     token = chunk * CHUNK + torch.searchsorted(inside, thresholds, right=True)
     return token[:, 0]
@@ -390,10 +390,9 @@ class LanguageAgent:
         unfinished = torch.ones_like(in_batch, dtype=torch.bool)  # those that have not ended
         step = None
         for t in range(self.max_new_tokens):
-            of_answers = table[rows]  # (answers in the batch, size)
-            token = sample(of_answers, None if uniforms is None else uniforms[in_batch, t])
+            token = sample(table, rows, None if uniforms is None else uniforms[in_batch, t])
             tokens[in_batch, t] = torch.where(unfinished, token, -1)
-            logprobs[in_batch, t] = of_answers.gather(1, token[:, None])[:, 0]
+            logprobs[in_batch, t] = table[rows, token]
             unfinished = unfinished & ~torch.isin(token, self.end_ids)
             count = int(unfinished.sum())
             if t + 1 == self.max_new_tokens or count == 0:

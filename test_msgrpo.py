@@ -655,7 +655,7 @@ def test_a_sample_of_chunks_is_that_of_one_cumulative_sum(size):
     uniforms = torch.rand(64)
     uniforms[0] = 0.0
     uniforms[1] = 1.0  # what float32 can make of a number just below
-    drawn = lm.sample(table, uniforms)
+    drawn = lm.sample(table, torch.arange(64), uniforms)
     assert table[range(64), drawn].isfinite().all()
     cumulative = table.double().exp().cumsum(-1)
     below = torch.where(drawn > 0, cumulative[range(64), (drawn - 1).clamp(min=0)], 0.0)
@@ -699,7 +699,8 @@ def test_a_sample_is_where_the_cumulative_distribution_passes_its_uniform():
     table = torch.tensor([[0, 0.25, 0.5, 0.25]]).log()
     expected = {0.0: 1, 0.24: 1, 0.25: 2, 0.74: 2, 0.75: 3, 0.999: 3, 1.0: 3}  # 0 is never drawn
     uniforms = torch.tensor([*expected])
-    assert lm.sample(table.expand(7, -1), uniforms).tolist() == [*expected.values()]
+    rows = torch.zeros(7, dtype=int)
+    assert lm.sample(table, rows, uniforms).tolist() == [*expected.values()]
 
 
 # The loss

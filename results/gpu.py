@@ -326,8 +326,9 @@ def make_step(agent, prompts):
     table, tree = agent.read_prompts(distinct)
     cache = lm.Cache(tree, agent.max_new_tokens)
     cache.take(rows)
-    token = lm.sample(table[rows], None)
+    token = lm.sample(table, rows, None)
     uniforms = torch.rand(len(prompts), device=agent.device)
+    rows = torch.arange(len(prompts), device=agent.device)
     read_token = agent.read_token
     if agent.captures:
         start = time.perf_counter()
@@ -336,7 +337,7 @@ def make_step(agent, prompts):
         report(capture=time.perf_counter() - start)
 
     def step():
-        lm.sample(read_token(token, cache), uniforms)
+        lm.sample(read_token(token, cache), rows, uniforms)
         cache.positions -= 1  # take it back: there is room for any number of steps
 
     return step

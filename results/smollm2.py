@@ -65,15 +65,16 @@ class WordAgent(lm.LanguageAgent):
     def act(self, observations, uniforms):
         prompts = [self.encode(state) for state in observations]
         distinct, rows = lm.unique(prompts)
-        table = self.read_prompts(distinct)[0][rows]
+        table, _ = self.read_prompts(distinct)
+        rows = torch.tensor(rows, device=table.device)
         if uniforms is not None:
             uniforms = torch.tensor(uniforms[:, 0], dtype=table.dtype, device=table.device)
-        tokens = lm.sample(table, uniforms)
-        logprobs = table.gather(1, tokens[:, None])
+        tokens = lm.sample(table, rows, uniforms)
+        logprobs = table[rows, tokens]
         answers = []
         for prompt, token, logprob in zip(prompts, tokens.tolist(), logprobs.tolist()):
             text = OPEN + self.tokenizer.decode((token,)) + CLOSE
-            answers.append(Answer(prompt, (token,), logprob, text))
+            answers.append(Answer(prompt, (token,), [logprob], text))
         return answers
 
 
