@@ -118,10 +118,10 @@ class Settings:
 
     def __post_init__(self):
         """Choose what depends on the device, where it is not given."""
-        kind = self.device.split(":")[0]
-        if not self.dtype:
+        kind = str(self.device).split(":")[0]
+        if self.dtype == "":
             self.dtype = "bfloat16" if lm.bfloat16_is_fast(kind) else "float32"
-        if not self.recompute:  # a GPU is short of memory, not of speed
+        if self.recompute == "":  # a GPU is short of memory, not of speed
             self.recompute = "layers" if kind == "cuda" else "parts"
 
     def lake(self, desc, *key, scenario=None):

@@ -80,8 +80,8 @@ def play_groups(agent, iteration):
 def add_kl(agent, reference, episodes, coef):
     """Add the gradient of a KL term: coef * (q/p - log q/p - 1) per token, q of the reference.
 
-    Its mean over sampled tokens is KL(p || q), as in GRPO. reference: a copy of the agent, made
-    before training: for `--tiny`, after its warm-up.
+    Its mean over sampled tokens is KL(p || q), as in GRPO. reference: an agent
+    with a copy of the model, made before training.
     """
     steps = [step for episode in episodes for step in episode]
     for batch in msgrpo.micro_batches(steps, budget=16384):
@@ -110,7 +110,8 @@ def main():
     model = lm.Transformer(config)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.2)  # torch's 1 drowns the layers
     agent = lm.LanguageAgent(model, Words(), Crossings.instructions, max_new_tokens=1)
-    reference = copy.deepcopy(agent)
+    frozen = copy.deepcopy(model)
+    reference = lm.LanguageAgent(frozen, Words(), Crossings.instructions, max_new_tokens=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for iteration in range(1, 61):
         episodes = play_groups(agent, iteration)
