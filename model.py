@@ -346,8 +346,8 @@ class LanguageAgent:
     What texts begin with in common is run once (see the drawing in `Tree`): the instructions,
     equal prompts and, when scoring, equal answers. All of this is exact, gradients included.
 
-    Of a tokenizer it uses `prompt(text, think) -> ids`, `decode(ids) -> text`, `size` (how many
-    tokens there are) and `end_ids` (those that end an answer). The model is on its device already.
+    Of a tokenizer it uses `prompt(text, think) -> ids`, `decode(ids) -> text`, `size` (all ids are
+    below it) and `end_ids` (those that end an answer). The model is on its device already.
     """
 
     def __init__(

@@ -273,7 +273,7 @@ def accumulate_gradient(
     """Add the gradient of one update's loss on these episodes to the parameters' .grad.
 
     budget: tokens of a micro-batch, about. passes: `all_passes`, or what makes this process's part
-    of them. Returns statistics of the update; all but the loss are means over scored tokens.
+    of them. Returns a count, `tokens`, the loss per token, and means over the scored tokens.
     """
     steps = [step for episode in episodes for step in episode]
     tokens = count_tokens(steps)

@@ -652,15 +652,17 @@ def test_a_sample_of_chunks_is_that_of_one_cumulative_sum(size):
     logits = 3 * torch.randn(64, size)
     logits[:, size // 2 :] = -torch.inf  # the last ones too
     table = logits.log_softmax(-1)
-    uniforms = torch.rand(64)
+    rows = torch.randint(64, (96,))  # in any order, some twice
+    uniforms = torch.rand(96)
     uniforms[0] = 0.0
     uniforms[1] = 1.0  # what float32 can make of a number just below
-    drawn = lm.sample(table, torch.arange(64), uniforms)
-    assert table[range(64), drawn].isfinite().all()
+    drawn = lm.sample(table, rows, uniforms)
+    assert table[rows, drawn].isfinite().all()
+    assert lm.sample(table, rows, None).tolist() == table[rows].argmax(-1).tolist()
     cumulative = table.double().exp().cumsum(-1)
-    below = torch.where(drawn > 0, cumulative[range(64), (drawn - 1).clamp(min=0)], 0.0)
+    below = torch.where(drawn > 0, cumulative[rows, (drawn - 1).clamp(min=0)], 0.0)
     assert (below <= uniforms + 1e-5).all()
-    assert (cumulative[range(64), drawn] > uniforms - 1e-5).all()
+    assert (cumulative[rows, drawn] > uniforms - 1e-5).all()
 
 
 def test_texts_that_begin_alike_are_run_once():
@@ -1751,14 +1753,13 @@ def test_a_fork_brings_an_agent_of_its_own(warm, tmp_path):
 
 
 def test_a_fork_brings_a_credit_rule_of_its_own(warm, tmp_path):
-    """It is told the groups. Credit is what is trained on: where there is none, nothing changes."""
+    """It is told the groups. Credit is what is trained on: without any there is no update."""
 
     def pay_nobody(episodes, advantages, gamma):
         shapes.append((len(episodes), advantages.shape, gamma))
 
-    def pay_first_steps(episodes, advantages, gamma):
-        for episode, advantage in zip(episodes, advantages.flatten().tolist()):
-            episode[0].credit = advantage
+    def pay_one(episodes, advantages, gamma):
+        episodes[int(advantages.flatten().abs().argmax())][0].credit = 1.0
 
     shapes = []
     flags = "--iterations 1 --gamma 0.5 --sampling all --entropy-coef 0"
@@ -1768,9 +1769,9 @@ def test_a_fork_brings_a_credit_rule_of_its_own(warm, tmp_path):
     assert metrics["nonzero_episodes"] > 0
     assert metrics["updates"] == metrics["trained_episodes"] == 0
 
-    assert start(warm, tmp_path / "b", flags, assign_credit=pay_first_steps) == 0
+    assert start(warm, tmp_path / "b", flags, assign_credit=pay_one) == 0
     metrics = read_metrics(tmp_path / "b")[0]
-    assert metrics["trained_episodes"] == metrics["nonzero_episodes"] > 0
+    assert metrics["nonzero_episodes"] > metrics["trained_episodes"] == 1
 
 
 def test_max_steps_is_of_training_alone():
@@ -1953,6 +1954,7 @@ REFUSALS = {  # use: a word of the message
     "--resume CUT_STATE": "state.pt",
     "--eval CUT_STATE": "state.pt",
     "--resume CUT_SETTINGS": "settings.json",
+    "--resume OLDER_SETTINGS": "settings.json: --recompute is False, not one of nothing, parts",
     "--resume WRONG_SETTINGS": "settings.json: --recompute is True, not one of nothing, parts",
     "--eval TRUE_SETTINGS": "settings.json: --seed is True, which is no int",
     "--resume OLDER_STATE": "state.pt: it was written by another version",
@@ -1971,8 +1973,8 @@ def cut(path):
 def homes(warm, tmp_path_factory):
     """A run, and what is broken or no run at all."""
     home = tmp_path_factory.mktemp("homes")
-    names = "RUN CUT_STATE CUT_SETTINGS WRONG_SETTINGS TRUE_SETTINGS OLDER_STATE NO_MOMENTS"
-    for name in names.split():
+    names = "RUN CUT_STATE CUT_SETTINGS WRONG_SETTINGS OLDER_SETTINGS TRUE_SETTINGS OLDER_STATE"
+    for name in [*names.split(), "NO_MOMENTS"]:
         shutil.copytree(warm, home / name)
     edit(home / "TRUE_SETTINGS/settings.json", seed=True)
     state = torch.load(warm / "state.pt", weights_only=True)
@@ -1983,7 +1985,8 @@ def homes(warm, tmp_path_factory):
     cut(home / "CUT_STATE/state.pt")
     cut(home / "CUT_MODEL/model.safetensors")
     cut(home / "CUT_SETTINGS/settings.json")
-    edit(home / "WRONG_SETTINGS/settings.json", recompute=True)  # as older runs have it
+    for name, value in {"WRONG_SETTINGS": True, "OLDER_SETTINGS": False}.items():
+        edit(home / name / "settings.json", recompute=value)  # as older runs have it
     (home / "EMPTY").mkdir()
     shutil.copytree(warm, home / "BARE")
     (home / "BARE/state.pt").unlink()
@@ -2017,7 +2020,7 @@ def test_bad_use_is_one_line_and_touches_nothing(use, homes, capfd, monkeypatch)
     ],
 )
 def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
-    def run(argv):
+    def run(*_):
         with lm.blaming("a file"):
             raise error
 

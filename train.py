@@ -106,13 +106,18 @@ class Settings:
     eval_every: int = setting(0, "Evaluate every X iterations; 0: at the end alone")
     eval_episodes: int = setting(1000, "Play at most X episodes to evaluate a scenario", 1)
 
-    dtype: str = setting("", "Run passes in these numbers", choices=("float32", "bfloat16"))
+    dtype: str = setting(
+        "",
+        "Run passes in these numbers; by default what is fast on --device",
+        choices=("float32", "bfloat16"),
+    )
     device: str = setting(DEVICE, "Put the model there: cpu, cuda or cuda:N")
     threads: int = setting(torch.get_num_threads(), "Use X threads of the CPU", 1, 4096)
     micro_batch_tokens: int = setting(16384, "Take about X tokens in one pass", 1)
     recompute: str = setting(
         "",
-        "Compute this twice to save memory: layers needs least, nothing is fastest",
+        "Compute this twice to save memory: layers needs least, nothing is fastest; by default "
+        "layers on a GPU, else parts",
         choices=("nothing", "parts", "layers"),
     )
 
@@ -310,9 +315,10 @@ def play_share(player, games):
 
 
 def share_passes(steps, budget):
-    """This process's micro-batches, each with a weight, so that means over processes are sums.
+    """This process's micro-batches, each with the weight of its gradient.
 
-    All processes must make the same number of passes: one without work repeats a step, of weight 0.
+    FSDP2 gives the mean of the processes' gradients, where their sum is wanted: hence WORLD. All
+    must make the same number of passes: a process without work repeats a step, of weight 0.
     """
     batches = msgrpo.micro_batches(steps, budget, parts=WORLD)
     passes = [(batch, WORLD) for batch in batches[RANK::WORLD]]
@@ -322,10 +328,7 @@ def share_passes(steps, budget):
 
 
 def accumulate_gradient(trainee, episodes, s, entropy_coef, can_stop):
-    """As msgrpo.accumulate_gradient, with its passes shared by the processes.
-
-    FSDP2 averages their gradients: hence the weights.
-    """
+    """As msgrpo.accumulate_gradient, with its passes shared by the processes."""
 
     def passes(scored, budget):
         mine = share_passes(scored, budget)
@@ -442,11 +445,10 @@ class Status:
     text = ""
     more = ""
     since = 0.0
-    ended = threading.Event()
     is_terminal = RANK == 0 and sys.stderr.isatty()
 
     def __enter__(self):
-        self.ended.clear()
+        self.ended = threading.Event()
         threading.Thread(target=self.tick, daemon=True).start()
 
     def __exit__(self, *_):
@@ -862,7 +864,7 @@ def train(learner, out, state):
                 metrics = iterate(player, trainee, learner, iteration, state["replay_pool"])
             except Stopped:
                 save_state(out, state, learner)
-                break
+                break  # to what is said below, as a process was asked to stop
             tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
             metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
             if s.eval_every and iteration % s.eval_every == 0:
@@ -909,7 +911,8 @@ def advice(m):
         reason = "no answer named an action. See what it says by --play. "
         return reason + "Try more --max-new-tokens, --think, another --temperature"
     if m["zero_variance_groups"] < 1:
-        return "log ratios were above --max-gap before the first update: give a larger one"
+        reason = "log ratios were above --max-gap before the first update: give a larger one"
+        return reason + ", unless your own rule of credit paid nothing"
     reason = "all episodes of each group earned the same: there is nothing to compare. "
     return reason + "Try a larger --group-size, more --groups, a higher --temperature, --max-steps"
 
@@ -1131,8 +1134,8 @@ def checked(settings):
     return settings
 
 
-def run(argv, **fork):
-    """One command; fork: as `main` says.
+def run(argv, agent_class, assign_credit):
+    """One command.
 
     Raises ValueError or OSError, with a line that says why, on bad use or input.
     """
@@ -1149,7 +1152,7 @@ def run(argv, **fork):
     STATUS.doing("loading the model")
     model, tokenizer, state = load_model(mode, folder, settings)
     # The learner is made before the folder: what cannot start leaves none behind
-    learner = Learner(settings, model, tokenizer, **fork)
+    learner = Learner(settings, model, tokenizer, agent_class, assign_credit)
     if mode == "eval":
         evaluate_all(learner)
     elif mode == "play":
@@ -1258,11 +1261,11 @@ def join_processes(device):
     torch.distributed.init_process_group(backend, timeout=timeout)
 
 
-def main(argv=None, **fork):
+def main(argv=None, agent_class=lm.LanguageAgent, assign_credit=msgrpo.assign_credit):
     """The command line: 0 for success, 2 for bad use or input, 130 where it was interrupted.
 
-    fork: what a fork has of its own. `agent_class`: made and used as lm.LanguageAgent is, `encode`
-    included. `assign_credit`: called as msgrpo.assign_credit is, with advantages (groups, G).
+    For forks: agent_class is made and used as lm.LanguageAgent is, `encode` included. assign_credit
+    is called with advantages (groups, G); of several processes, each calls it on all episodes.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
@@ -1270,7 +1273,7 @@ def main(argv=None, **fork):
         sys.stdout = open(os.devnull, "w")
     try:
         with STATUS:
-            run(argv, **fork)
+            run(argv, agent_class, assign_credit)
         return 0
     except KeyboardInterrupt as error:
         return complain(": ".join(["interrupted", *error.args]), 130)

@@ -227,7 +227,7 @@ def make_work(args, shape, rows, new):
     model = random_model(c, getattr(torch, args.dtype), args.device)
     lakes = list(itertools.islice(bench.played_lakes(np.random.default_rng(0)), rows))
     prompts = bench.make_prompts(bench.Words(), lakes)
-    defaults = train.Settings()
+    defaults = train.Settings(device=args.device)
     work = {
         "recompute": defaults.recompute,
         "micro_batch_tokens": defaults.micro_batch_tokens,

@@ -80,8 +80,9 @@ def play_groups(agent, iteration):
 def add_kl(agent, reference, episodes, coef):
     """Add the gradient of a KL term: coef * (q/p - log q/p - 1) per token, q of the reference.
 
-    Its mean over sampled tokens is KL(p || q), as in GRPO. reference: an agent
-    with a copy of the model, made before training.
+    As in GRPO: over tokens that p samples, the mean of this is KL(p || q), and that of its gradient
+    is the gradient of KL(q || p). Drawn episodes are not quite p's: AAW favours some. reference: an
+    agent with a copy of the model, made before training.
     """
     steps = [step for episode in episodes for step in episode]
     for batch in msgrpo.micro_batches(steps, budget=16384):

@@ -5,7 +5,7 @@
 
 The model's greedy moves are read once for each state of 1,000 held-out lakes and of 1,000 training
 lakes, and valued exactly, by the game's own probabilities. Then the moves of some states are
-replaced by the optimal ones: those beside a hole, or all others. At last, what the model wins of
+replaced by the optimal ones: those beside a hole, or all others. Last, what the model wins of
 what can be won, by the number of holes: held-out lakes have more of them than training lakes.
 """
 
