@@ -1646,7 +1646,7 @@ def test_a_run_leaves_a_model_that_knows_where_an_answer_ends(warm):
     assert [tokenizer.decode([i]) for i in tokenizer.end_ids] == ["</action>"]
 
 
-@pytest.mark.parametrize("what", ["{warm}", "{warm}/model --max-new-tokens 3"])
+@pytest.mark.parametrize("what", ["{warm}", "{warm}/model --max-new-tokens 2"])
 def test_a_run_and_its_model_are_evaluated_alike(what, warm, capsys):
     line = what.format(warm=warm)
     assert command(f"--eval {line} --eval-episodes 20 {CPU}") == 0
@@ -2936,11 +2936,11 @@ def test_tiny_tokenizer_and_save(tmp_path):
 
 
 def test_tiny_prompt_is_plain_text():
-    texts = ["Go left.\n", "P _ P _\nP _", "<action>"]
-    tokenizer = lm.tiny_tokenizer(texts, "<action>", train.TINY_PIECES)
-    state = "P _\nP _"
-    ids = [*tokenizer.encode("Go left."), 10, 10, *tokenizer.encode(state), 10]
-    assert tokenizer.prompt("Go left.\n\n" + state) == ids
+    texts = ["Go left.\n\n", "P _\n", "<action>left</action>"]
+    tokenizer = lm.tiny_tokenizer(texts, "</action>", train.TINY_PIECES)
+    ids = tokenizer.prompt("Go left.\n\nP _\nP _")
+    tokens = [tokenizer.decode([i]) for i in ids]
+    assert tokens == ["Go left.\n\n", "P _\n", "P _\n"]
     assert "no chat template" in tokenizer.describe_prompt()
 
 
@@ -2951,8 +2951,8 @@ def test_a_board_is_read_by_pairs_of_cells(size):
     rng = np.random.default_rng(0)
     for _ in range(50):
         rows = [" ".join(rng.choice(list("P_OG"), size)) for _ in range(size)]
-        ids = tokenizer.prompt("\n\n" + "\n".join(rows))
-        assert len(ids) == size * size // 2 + 3  # and a newline each, before and behind
+        ids = tokenizer.prompt("\n".join(rows))
+        assert len(ids) == size * size // 2
 
 
 # Prompts
