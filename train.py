@@ -664,23 +664,23 @@ TINY = dict(  # what differs for a model that is born here, and why
 )
 
 
-# Where text is cut into the tiny model's tokens: a line of prose to its end, as attention to
-# constants costs time; a tag and an action; a tag; two cells of a board, with the space before or
-# the newline behind them; a word, a symbol, a space.
+# Where text is cut into the tiny model's tokens: a line of prose with the newlines behind it, as
+# attention to constants costs time; an action with the tag before it; any other tag; two cells of a
+# board, with the space before or the newline behind them; a word, a symbol, a space.
 TINY_PIECES = r"[A-Z][a-z][^\n]*\n*|<action>\w+|</?[a-z]+>| ?[A-Z_] [A-Z_]\n?|\w+|[^\s\w<]|\s|<"
 
 
 def tiny_start(s):
     """A new tiny model and its tokenizer, whose words are the game's.
 
-    Two cells are a token, and a tag and its action: with fewer tokens, less time goes to learning.
+    Two cells are one token, and so are an action and the tag before it: few tokens take less time.
     """
     pairs = [" ".join(cells) for cells in itertools.product("P_OG", repeat=2)]
     texts = [f"{pair} {pair} {pair}\n" for pair in pairs]  # where a row begins, goes on, ends
     texts += [f"<action>{word}</action>" for word in frozenlake.ACTIONS]
     for name, scenario in SCENARIOS.items():
         desc = frozenlake.random_map(scenario.size, 1, generator())
-        texts.append(s.lake(desc, scenario=name).instructions + "\n\n")
+        texts.append(s.lake(desc, scenario=name).instructions + "\n\n")  # as a prompt has them
     tokenizer = lm.tiny_tokenizer(texts, "</action>", TINY_PIECES)
     config = lm.Config(
         "llama",
