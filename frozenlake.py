@@ -192,7 +192,7 @@ def distances(desc):
 
 
 def random_map(size, p, rng):
-    """A solvable size x size map; every tile but the corners is frozen with probability p.
+    """A solvable size x size map; every tile but start and goal is frozen with probability p.
 
     rng: a numpy Generator. Raises ValueError where no such map can be drawn: Gymnasium's generator
     would search for ever.
@@ -256,7 +256,8 @@ def draw_map(scenario, rng, held_out=False):
     """
     while True:
         if scenario.maze:
-            desc = random_maze(scenario.size, scenario.p, rng, hard=held_out / 2)
+            hard = 0.5 if held_out else 0.0
+            desc = random_maze(scenario.size, scenario.p, rng, hard)
         else:
             desc = random_map(scenario.size, scenario.p, rng)
         if is_held_out(desc) == held_out:
@@ -309,19 +310,15 @@ def baselines(lake):
 
 
 def reflex(lake, sight):
-    """The action of each state: nearer to the goal, where `sight` cells can be walked from there.
+    """The action of each state: nearer to the goal, where `sight` cells can be walked that way.
 
-    Where none can, it is the last that leads nearer, holes or not.
+    Where they cannot, it is nearer to the goal all the same.
     """
+    order = np.array([1, 3, 0, 2])  # up or down first, then sideways
     nearer = nearer_moves(lake)
     good = nearer & walkable(lake, sight)[lake.neighbours]
-    order = (1, 3, 0, 2)  # up or down first, then sideways
-    actions = np.zeros(len(lake.tiles), int)
-    for action in order:
-        actions[nearer[action]] = action
-    for action in reversed(order):
-        actions[good[action]] = action
-    return actions
+    rank = nearer.astype(int) + good  # (action, state)
+    return order[rank[order].argmax(0)]
 
 
 def nearer_moves(lake):

@@ -378,8 +378,8 @@ class LanguageAgent:
         if uniforms is not None:
             uniforms = torch.tensor(uniforms, dtype=torch.float32, device=self.device)
         prompts = [self.encode(state) for state in observations]
-        distinct, rows = unique(prompts)
-        rows = torch.tensor(rows, device=self.device)  # each answer's row of the table
+        distinct, row_of = unique(prompts)
+        row_of = torch.tensor(row_of, device=self.device)  # of each answer in the batch
         table, tree = self.read_prompts(distinct)
         cache = Cache(tree, self.max_new_tokens)
         ensure(not table.isnan().any(), "probabilities are not numbers; lower --learning-rate")
@@ -389,10 +389,11 @@ class LanguageAgent:
         in_batch = torch.arange(len(prompts), device=self.device)  # answers in the batch
         unfinished = torch.ones_like(in_batch, dtype=torch.bool)  # those that have not ended
         step = None
+        # Of the answers in the batch, those that are equal so far share a row of table and cache
         for t in range(self.max_new_tokens):
-            token = sample(table, rows, None if uniforms is None else uniforms[in_batch, t])
+            token = sample(table, row_of, None if uniforms is None else uniforms[in_batch, t])
             tokens[in_batch, t] = torch.where(unfinished, token, -1)
-            logprobs[in_batch, t] = table[rows, token]
+            logprobs[in_batch, t] = table[row_of, token]
             unfinished = unfinished & ~torch.isin(token, self.end_ids)
             count = int(unfinished.sum())
             if t + 1 == self.max_new_tokens or count == 0:
@@ -402,7 +403,7 @@ class LanguageAgent:
                 kept = unfinished.nonzero()[:, 0]
                 in_batch = in_batch[kept]
                 unfinished = unfinished[kept]
-                origin, token, rows = self.branch(rows[kept], token[kept])
+                origin, token, row_of = self.branch(row_of[kept], token[kept])
                 cache.take(origin)
                 step = capture(self.read_token, token, cache) if self.captures else self.read_token
             table = step(token, cache)
@@ -421,8 +422,7 @@ class LanguageAgent:
 
     def read_prompts(self, prompts):
         """Run prompts: the table of each one's first new token, and their tree for a `Cache`."""
-        tree = Tree(prompts, self.device)
-        tree.keys_values = []  # for `Cache`
+        tree = Tree(prompts, self.device, keep=True)
         x = self.model.hidden(tree.ids, tree.positions, tree)
         last = tree.slots.gather(1, tree.lengths[:, None] - 1)[:, 0]
         return self.next_logprobs(x[0, last]), tree
@@ -490,9 +490,9 @@ class Tree:
     share takes the result of one of them.
     """
 
-    keys_values = None  # a list: `attend` adds each layer's two, (1, groups, nodes, head_dim)
-
-    def __init__(self, texts, device):
+    def __init__(self, texts, device, keep=False):
+        """keep: have `attend` add each layer's keys and values, for a `Cache`."""
+        self.keys_values = [] if keep else None  # two a layer, (1, groups, nodes, head_dim)
         start = shared_length([text[:-1] for text in texts])  # so no text's own part is empty
         width = max(len(text) for text in texts) - start
         ids = list(texts[0][:start])

@@ -64,7 +64,7 @@ class Answer:
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]  # with the end token, where there is one
-    logprobs: list[float] = ()  # of each response token when it was sampled
+    logprobs: list[float] | tuple = ()  # of each response token when it was sampled
     text: str = ""  # of the response
     truncated: bool = False  # the limit of tokens came before an end token
 
@@ -240,12 +240,12 @@ def count_tokens(steps):
     return sum(len(step.answer.response) for step in steps)
 
 
-def backward(policy, steps, tokens, clip=0.2, entropy_coef=0.0, scale=1.0):
+def backward(policy, steps, tokens, clip=0.2, entropy_coef=0.0, weight=1.0):
     """Add the gradient of `policy_loss`, summed over one micro-batch and divided by `tokens`.
 
-    tokens: of the whole update, so that its split into micro-batches changes nothing. scale: a
-    factor on the gradient. Returns sums over the micro-batch's tokens, (4,) float64: loss, entropy,
-    clipped tokens, |log ratio|.
+    tokens: of the whole update, so that its split into micro-batches changes nothing. Returns sums
+    over the micro-batch's tokens, (4,) float64: loss, entropy, clipped tokens, |log ratio|. weight:
+    a factor on the gradient and on these sums.
     """
     logprobs, entropies = policy.score([step.answer for step in steps])
     old_logprobs = []
@@ -256,14 +256,14 @@ def backward(policy, steps, tokens, clip=0.2, entropy_coef=0.0, scale=1.0):
     old_logprobs = torch.tensor(old_logprobs, device=logprobs.device)
     credit = torch.tensor(credit, device=logprobs.device)
     losses, clipped = policy_loss(logprobs, old_logprobs, credit, entropies, clip, entropy_coef)
-    (losses.sum() / tokens * scale).backward()
+    (losses.sum() / tokens * weight).backward()
     gaps = (logprobs - old_logprobs).abs()
     sums = [values.detach().double().sum() for values in (losses, entropies, clipped, gaps)]
-    return torch.stack(sums).cpu()
+    return torch.stack(sums).cpu() * weight
 
 
 def all_passes(steps, budget):
-    """The micro-batches of an update, each with the weight of its gradient."""
+    """The micro-batches of an update, each with its weight."""
     return [(batch, 1) for batch in micro_batches(steps, budget)]
 
 
@@ -281,7 +281,7 @@ def accumulate_gradient(
     scored = [step for step in steps if step.credit or entropy_coef]
     sums = torch.zeros(4, dtype=torch.float64)
     for batch, weight in passes(scored, budget):
-        sums += weight * backward(policy, batch, tokens, clip, entropy_coef, weight)
+        sums += backward(policy, batch, tokens, clip, entropy_coef, weight)
     loss, entropy, clipped, gap = sums.tolist()
     scored_tokens = max(1, count_tokens(scored))
     return {

@@ -232,14 +232,15 @@ def learn(trainee, learner, episodes, drawn, rate):
 def evaluate(learner, name, greedy=True, limit=None):
     """Success on held-out maps beside that of players who do not learn: printed and returned.
 
-    noslip: each held-out map once, so that greedy figures are exact; `success` weights a map by its
-    probability. Otherwise the same `eval_episodes` episodes every time, with half of Wilson's 95 %
-    interval. limit: episodes, instead of `eval_episodes`.
+    noslip: each of the 503 held-out maps once, so that greedy figures are exact; `success` weights
+    a map by its probability. Otherwise, and where fewer episodes are allowed, the same
+    `eval_episodes` draws every time, with half of Wilson's 95 % interval. limit: episodes, instead
+    of `eval_episodes`.
     """
     s = learner.settings
     scenario = SCENARIOS[name]
     maps, weights, exact = evaluation_maps(scenario, limit or s.eval_episodes)
-    lakes = [s.lake(desc, i, scenario=name) for i, desc in enumerate(maps)]
+    lakes = [s.lake(desc, 0, i, scenario=name) for i, desc in enumerate(maps)]
     STATUS.doing(f"evaluating {name}")
     policy = learner.player(lakes[0].instructions)
     if greedy:
@@ -263,9 +264,9 @@ def evaluate(learner, name, greedy=True, limit=None):
 # Below: the machinery around the method. Processes, the learner's weights, the tiny model, saving
 # and resuming, the command line.
 
-# torchrun sets these. All processes draw the same numbers and keep the same books; they share the
-# playing, the passes of an update, and the float32 state. With one, `share` and `gather` give back
-# what they get.
+# torchrun sets these. All processes draw the same random numbers, and each has the whole history
+# and replay pool. They share the playing, the passes of an update, and the float32 state. With one
+# process, `share` and `gather` give back what they get.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -315,7 +316,7 @@ def play_share(player, games):
 
 
 def share_passes(steps, budget):
-    """This process's micro-batches, each with the weight of its gradient.
+    """This process's micro-batches, each with the weight of its gradient and its figures.
 
     FSDP2 gives the mean of the processes' gradients, where their sum is wanted: hence WORLD. All
     must make the same number of passes: a process without work repeats a step, of weight 0.
@@ -385,7 +386,8 @@ def group_advantages(returns, s):
 def entropy_coefficient(s, episodes):
     """Ours: `entropy_coef`, and what the entropy, the mean of -log p, lacks to `entropy_floor`."""
     logprobs = [x for episode in episodes for step in episode for x in step.answer.logprobs]
-    return s.entropy_coef + max(0.0, s.entropy_floor + float(np.mean(logprobs)))
+    entropy = -float(np.mean(logprobs))
+    return s.entropy_coef + max(0.0, s.entropy_floor - entropy)
 
 
 def learning_rate(s, iteration):
@@ -495,12 +497,14 @@ def say(*words):
 
 
 class Learner:
-    """What is trained: `master`, float32 weights and AdamW's moments, and `model`, which uses them.
+    """What is trained: `master`, float32 weights, which AdamW updates, and `model`, which plays.
 
-    In float32 on one process both are one model. Otherwise `model` is a copy in the run's dtype: an
-    update of relative size 1e-6 would vanish in bfloat16. On one process the copy plays and learns,
-    and hands its gradients on to the master. Of several processes each holds a part of the master,
-    which learns itself (FSDP2), and the copy plays.
+                             model                  whose gradients
+        float32              the master itself      its own
+        bfloat16             a copy in bfloat16     the copy's, handed on to the master
+        several processes    a copy on each         the master's, of which each has a part (FSDP2)
+
+    The master is there in bfloat16 too, as an update of relative size 1e-6 would vanish in it.
     """
 
     def __init__(
@@ -864,7 +868,7 @@ def train(learner, out, state):
                 metrics = iterate(player, trainee, learner, iteration, state["replay_pool"])
             except Stopped:
                 save_state(out, state, learner)
-                break  # to what is said below, as a process was asked to stop
+                break
             tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
             metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
             if s.eval_every and iteration % s.eval_every == 0:
@@ -967,6 +971,8 @@ def finish(learner, out, state, clock):
     lines = [json.loads(line) for line in state["history"]]
     if not any(learned(m) for m in lines):
         say("nothing was learned, the model is as it was: " + advice(lines[-1]))
+    elif unseen["success"] <= unseen["random"]:
+        say("it wins no more often than random moves: try a larger --entropy-floor, other --seed")
     say(f"{summary['seconds']:.0f} s. The model is in {out}/model, figures in {out}/summary.json.")
     command = f"    python {sys.argv[0]}"
     folder = shlex.quote(str(out))
@@ -1171,7 +1177,8 @@ def read_settings(mode, folder, given):
         lm.ensure(
             not settings.think, "--think is for --checkpoint: the tiny model has no words for it"
         )
-        return replace(settings, **TINY | given)
+        values = TINY | given
+        return replace(settings, **values)
     if mode == "checkpoint":
         lm.ensure("layers" not in given, "--layers goes with --tiny: a checkpoint has its own")
         return replace(settings, checkpoint=str(folder.resolve()))

@@ -1,7 +1,7 @@
 """Seeds of `python train.py --tiny`, one after the other: what the README says of them.
 
-    python results/tiny.py --seeds 2000 2001 2002        with an evaluation every 20 iterations
-    python results/tiny.py --report                      the table alone
+    python results/tiny.py --name mine --seeds 2000 2001    with an evaluation every 20 iterations
+    python results/tiny.py                                  the tables alone
 
 Flags that are not known here go to train.py, for ablations: `--name no-floor --entropy-floor 0`.
 The metrics, settings and summary of a seed are kept in results/tiny/NAME/SEED. One that is there is
@@ -72,9 +72,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
-    parser.add_argument("--name", default="default", help="folder of these runs")
-    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--name", help="folder of these runs")
     args, flags = parser.parse_known_args()
+    if args.seeds and not args.name:
+        parser.error("--seeds needs a --name, of one recipe each")
     home = ROOT / "results" / "tiny"
     for seed in args.seeds:
         folder = home / args.name / str(seed)
