@@ -87,7 +87,7 @@ class Settings:
     keep: float = setting(0.5, "Draw this share of the episodes, by aaw and uniform", 1e-9, 1)
     update_episodes: int = setting(16, "Take about X drawn episodes in an optimiser step", 1)
     clip: float = setting(0.2, "Clip where the ratio leaves 1 - X to 1 + X [author]")
-    max_gap: float = setting(0.15, "End updates at a mean |log ratio| of X; undo one that loses X")
+    max_gap: float = setting(0.15, "End an iteration's updates at a mean |log ratio| of X")
     entropy_coef: float = setting(0.001, "Weigh the entropy bonus by X, per token in nats [author]")
     entropy_floor: float = setting(0.0, "Raise that weight by what the entropy lacks to X nats")
     learning_rate: float = setting(1e-6, "Learn at rate X, after a ramp of ten iterations [author]")
@@ -198,15 +198,13 @@ def learn(trainee, learner, episodes, drawn, rate):
     """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
 
     Ours: once the mean |log ratio| to the policy that played is above `max_gap`, that gradient is
-    thrown away, and the iteration has no more updates. The last update is undone where its tokens
-    with credit > 0 have lost more than that: one step can undo what hundreds taught.
+    thrown away, and the iteration has no more updates.
     """
     s = learner.settings
     if not drawn:
         return []
     bonus = entropy_coefficient(s, episodes)
     updates = []
-    paid = []
     for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))):
         of_part = [episodes[i] for i in part]
         with_credit = [episode for episode in of_part if any(step.credit for step in episode)]
@@ -220,12 +218,6 @@ def learn(trainee, learner, episodes, drawn, rate):
         update["grad_norm"] = learner.update(rate)
         update["trained"] = len(with_credit)
         updates.append(update)
-        if np.isfinite(update["grad_norm"]):  # else it was refused
-            last = update
-            paid = [step for episode in of_part for step in episode if step.credit > 0] or paid
-    if paid and not mean_log_ratio(trainee, paid, s) >= -s.max_gap:
-        learner.take_back()
-        last["taken_back"] = True
     return updates
 
 
@@ -344,17 +336,6 @@ def accumulate_gradient(trainee, episodes, s, entropy_coef, can_stop):
     found = gather([found])
     means = {key: np.mean([update[key] for update in found]) for key in found[0]}
     return means | {"tokens": found[0]["tokens"]}
-
-
-@torch.no_grad()
-def mean_log_ratio(trainee, steps, s):
-    """Of the steps' tokens, now and when they were sampled; 0 where there are none."""
-    total = 0.0
-    for batch, weight in share_passes(steps, s.micro_batch_tokens):
-        now = trainee.score([step.answer for step in batch])[0].sum().item()
-        sampled = sum(sum(step.answer.logprobs) for step in batch)
-        total += weight * (now - sampled)
-    return np.mean(gather([total])) / max(1, msgrpo.count_tokens(steps))
 
 
 def choose_maps(s, replay_pool, rng):
@@ -575,23 +556,6 @@ class Learner:
         return norm
 
     @torch.no_grad()
-    def take_back(self):
-        """Undo the last update of the weights, up to rounding: AdamW's moments tell what it was.
-
-        The first moment, which would go there again, becomes 0; the second stays as it is.
-        """
-        group = self.optimizer.param_groups[0]
-        beta1, beta2 = group["betas"]
-        for weight, state in self.optimizer.state.items():
-            step = state["step"].item()
-            mean = state["exp_avg"] / (1 - beta1**step)
-            square = state["exp_avg_sq"] / (1 - beta2**step)
-            weight += group["lr"] * mean / (square.sqrt() + group["eps"])
-            weight /= 1 - group["lr"] * group["weight_decay"]
-            state["exp_avg"].zero_()
-        self.copy_weights()
-
-    @torch.no_grad()
     def copy_weights(self):
         if self.model is self.master:
             return
@@ -749,7 +713,6 @@ def summarize(episodes, returns, success, replayed, tried):
         "trained_episodes": sum(update["trained"] for update in updates),
         "updates": len(updates),
         "refused_updates": len(tried) - len(updates),  # their gradient was not finite
-        "taken_back": sum("taken_back" in update for update in updates),
     }
     for key in ("loss", "entropy", "clip_share", "logprob_gap", "grad_norm"):
         values = [update[key] for update in updates]
@@ -891,7 +854,7 @@ def train(learner, out, state):
 def check_learning(history):
     """Say so if nothing is learned at first; raises ValueError if gradients are not finite."""
     last = [json.loads(line) for line in history[-3:]]
-    if len(last) < 3 or any(learned(m) for m in last):
+    if len(last) < 3 or any(m["updates"] for m in last):
         return
     if all(m["refused_updates"] for m in last):
         raise lm.BadInput(
@@ -902,15 +865,8 @@ def check_learning(history):
         say("nothing was learned so far: " + advice(last[-1]))
 
 
-def learned(m):
-    """Whether an iteration had an update that was not undone."""
-    return m["updates"] > m.get("taken_back", 0)  # runs of older versions have none
-
-
 def advice(m):
     """Why an iteration had no update, and which flags help."""
-    if m["updates"]:
-        return "each update made what it paid for unlikely and was undone. Lower --learning-rate"
     if m["valid"] == 0:
         reason = "no answer named an action. See what it says by --play. "
         return reason + "Try more --max-new-tokens, --think, another --temperature"
@@ -969,10 +925,13 @@ def finish(learner, out, state, clock):
     write(out / "summary.json", json.dumps(summary))
     play_one(learner)
     lines = [json.loads(line) for line in state["history"]]
-    if not any(learned(m) for m in lines):
+    if not any(m["updates"] for m in lines):
         say("nothing was learned, the model is as it was: " + advice(lines[-1]))
     elif unseen["success"] <= unseen["random"]:
-        say("it wins no more often than random moves: try a larger --entropy-floor, other --seed")
+        say(
+            "it wins no more often than random moves would. If it once won more, --learning-rate "
+            "was too high; if never, try --entropy-floor, so that its answers stay varied"
+        )
     say(f"{summary['seconds']:.0f} s. The model is in {out}/model, figures in {out}/summary.json.")
     command = f"    python {sys.argv[0]}"
     folder = shlex.quote(str(out))
@@ -1064,7 +1023,6 @@ metrics.jsonl has a line per iteration:
     drawn_episodes               episodes drawn to train on
     trained_episodes, trained_tokens     in updates: episodes with credit; all tokens
     updates, refused_updates     optimiser steps; those refused, as the gradient was not finite
-    taken_back                   1 if the last one was undone: it made what it paid for unlikely
     loss, entropy, clip_share    per token, means over the updates; clip_share: where it was clipped
     logprob_gap, grad_norm       mean |log ratio|; the gradient's norm before it was shortened
     rollout_gap                  mean |log-probability when sampled - when scored|, in bfloat16
