@@ -96,16 +96,6 @@ def test_aaw_probabilities_by_hand():
         msgrpo.aaw_probabilities(torch.zeros(4))
 
 
-@pytest.mark.parametrize("normalize_std", [True, False])
-def test_aaw_gives_successes_half_of_the_probability(normalize_std):
-    for size in range(2, 20):
-        for successes in range(1, size):
-            returns = torch.arange(size) < successes
-            advantages = msgrpo.episode_advantages(returns[None].float(), normalize_std)[0]
-            probabilities = msgrpo.aaw_probabilities(advantages)
-            assert probabilities[returns].sum().item() == pytest.approx(0.5)
-
-
 DRAWN_FROM = torch.tensor([0, 1, -2, 0, 0.5, -0.5])
 
 
@@ -242,6 +232,7 @@ def test_episodes_and_their_rewards():
         ("<action>up", None),
         ("up</action>", None),
         ("</action>up<action>", None),
+        ("\ud800<action>up</action>", 3),
         ("<action>3</action>", None),
         ("<action>up</action><action>", None),
         ("<action>left</action><action>nowhere</action>", None),
@@ -249,15 +240,6 @@ def test_episodes_and_their_rewards():
 )
 def test_parser(text, action):
     assert frozenlake.parse_action(text) == action
-
-
-def test_random_text_never_raises():
-    rng = random.Random(0)
-    parts = ["<action>", "</action>", "up", "left", " ", "\n", "<", "\0", "\ud800", "é", "İ", "日"]
-    for _ in range(2000):
-        text = "".join(rng.choices(parts, k=rng.randrange(7)))
-        _, _, valid = FrozenLake(["SF", "FG"]).step(text)
-        assert valid == (frozenlake.parse_action(text) is not None)
 
 
 def scenario_lake(name, **options):
@@ -362,14 +344,17 @@ def test_distances_go_around_holes():
     assert 2 not in moves and 15 not in moves
 
 
-@pytest.mark.parametrize("hard, low, high", [(0, 0.1, 0.4), (0.5, 0.5, 0.75), (1, 1, 1)])
-def test_mazes_need_detours(hard, low, high):
-    """Of at least four moves: those that are hard, and some others. No side is preferred."""
+@pytest.mark.parametrize("held_out, low, high", [(False, 0.1, 0.4), (True, 0.5, 0.75)])
+def test_mazes_need_detours(held_out, low, high):
+    """Of at least four moves: some training mazes, half of the held-out ones and some more of them.
+
+    No side is preferred.
+    """
     rng = np.random.default_rng(0)
     longer = []
     turned = []
     for _ in range(400):
-        desc = frozenlake.random_maze(4, 0.7, rng, hard)
+        desc = frozenlake.draw_map(SCENARIOS["maze"], rng, held_out)
         tiles = "".join(desc)
         start = divmod(tiles.index("S"), 4)
         goal = divmod(tiles.index("G"), 4)
@@ -576,31 +561,6 @@ def test_finished_answers_leave_the_batch():
     assert min(lengths) < max(lengths) < 30
 
 
-def test_the_cache_keeps_its_tensors_while_no_row_ends():
-    """So that a step can be captured as one graph; keys and values keep their place in memory."""
-
-    class Endless(Words):
-        end_ids = frozenset()
-
-    agent = corridor_agent(max_new_tokens=9, tokenizer=Endless())
-    shapes = []
-    places = []
-
-    def look(module, args):
-        past = args[2]
-        if isinstance(past, lm.Cache):
-            keys_values = [x for pair in past.keys_values for x in pair]
-            others = [x for x in vars(past).values() if isinstance(x, torch.Tensor)]
-            shapes.append([x.shape for x in keys_values + others])
-            places.append([x.data_ptr() for x in keys_values])
-
-    agent.model.model.register_forward_pre_hook(look)
-    agent.act(["from 2 go west", "from 3 go east"], np.full((2, 9), 0.5))
-    assert len(shapes) == 8
-    assert shapes == shapes[:1] * 8
-    assert places == places[:1] * 8
-
-
 def answers_of(agent, captures):
     agent.captures = captures
     uniforms = np.random.default_rng(0).random((24, agent.max_new_tokens))
@@ -609,14 +569,23 @@ def answers_of(agent, captures):
 
 
 def test_captured_steps_give_the_same_answers(monkeypatch):
-    """A stand-in for CUDA's graph, with a static token; on a GPU, the graph itself as well."""
+    """A stand-in for CUDA's graph, with a static token; on a GPU, the graph itself as well.
+
+    Between two captures, no tensor of the cache changes its shape or its place in memory.
+    """
     sizes = []
 
     def stand_in(step, token, cache):
         static_token = token.clone()
         sizes.append(len(token))
+        keys_values = [x for pair in cache.keys_values for x in pair]
+        tensors = [cache.positions, cache.row_ids, *keys_values]
+        before = [(x.shape, x.data_ptr()) for x in tensors]
 
         def replay(token, cache):
+            keys_values = [x for pair in cache.keys_values for x in pair]
+            tensors = [cache.positions, cache.row_ids, *keys_values]
+            assert [(x.shape, x.data_ptr()) for x in tensors] == before
             return step(static_token.copy_(token), cache)
 
         return replay
@@ -630,6 +599,13 @@ def test_captured_steps_give_the_same_answers(monkeypatch):
     assert answers_of(agent, captures=True) == plain
     assert len(sizes) > 1
     assert all(later <= earlier // 2 for earlier, later in itertools.pairwise(sizes))
+
+
+def test_probabilities_that_are_no_numbers_are_refused():
+    agent = corridor_agent()
+    agent.model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not numbers"):
+        agent.act(["from 2 go west"], None)
 
 
 def test_an_evaluation_asks_about_each_state_once():
@@ -650,7 +626,8 @@ def test_a_sample_of_chunks_is_that_of_one_cumulative_sum(size):
     """For large vocabularies; tokens of probability 0 are never drawn, whatever is rounded."""
     torch.manual_seed(size)
     logits = 3 * torch.randn(64, size)
-    logits[:, size // 2 :] = -torch.inf  # the last ones too
+    logits[:, : size // 4] = -torch.inf
+    logits[:, size // 2 :] = -torch.inf
     table = logits.log_softmax(-1)
     rows = torch.randint(64, (96,))  # in any order, some twice
     uniforms = torch.rand(96)
@@ -675,36 +652,6 @@ def test_texts_that_begin_alike_are_run_once():
     assert tree.slots[2, :3].tolist() == [0, 1, 6]
 
 
-def test_a_text_that_begins_another_keeps_its_last_token():
-    """What comes after it is predicted for this text alone."""
-    tree = lm.Tree([(7, 8, 9), (7, 8)], "cpu")
-    assert tree.shared.tolist() == [[0]]
-    assert tree.slots[:, :2].tolist() == [[0, 1], [0, 1]]
-    assert lm.Tree([(7, 8)], "cpu").ids.tolist() == [[7, 8]]
-
-
-@pytest.mark.parametrize(
-    "texts, length",
-    [
-        ([], 0),
-        ([(1, 2)], 2),
-        ([(1, 2, 9), (1, 2), (1, 2, 3)], 2),
-        ([(2, 1), (1, 1)], 0),
-        ([(5, 1), (), (5, 2)], 0),
-    ],
-)
-def test_shared_length(texts, length):
-    assert msgrpo.shared_length(texts) == length
-
-
-def test_a_sample_is_where_the_cumulative_distribution_passes_its_uniform():
-    table = torch.tensor([[0, 0.25, 0.5, 0.25]]).log()
-    expected = {0.0: 1, 0.24: 1, 0.25: 2, 0.74: 2, 0.75: 3, 0.999: 3, 1.0: 3}  # 0 is never drawn
-    uniforms = torch.tensor([*expected])
-    rows = torch.zeros(7, dtype=int)
-    assert lm.sample(table, rows, uniforms).tolist() == [*expected.values()]
-
-
 # The loss
 
 
@@ -714,29 +661,6 @@ def token_loss(logprob, old_logprob, credit, entropy, clip, entropy_coef):
     clipped_ratio = min(max(ratio, 1 - clip), 1 + clip)
     loss = -min(ratio * credit, clipped_ratio * credit) - entropy_coef * entropy
     return loss, bool(clipped_ratio * credit < ratio * credit)
-
-
-@pytest.mark.parametrize("clip, entropy_coef", [(0.2, 0.0), (0.2, 0.1), (0.5, 0.01)])
-def test_policy_loss_is_that_of_a_slow_loop(clip, entropy_coef):
-    torch.manual_seed(0)
-    logprobs = torch.randn(200, requires_grad=True)
-    entropies = torch.rand(200, requires_grad=True)
-    old_logprobs = logprobs.detach() + 0.4 * torch.randn(200)
-    credit = torch.randn(200).round(decimals=1)  # some are 0
-    pairs = [
-        token_loss(*token, clip, entropy_coef)
-        for token in zip(logprobs, old_logprobs, credit, entropies)
-    ]
-    expected = torch.stack([torch.as_tensor(loss) for loss, _ in pairs])
-    loss, clipped = msgrpo.policy_loss(
-        logprobs, old_logprobs, credit, entropies, clip, entropy_coef
-    )
-    torch.testing.assert_close(loss, expected)
-    assert clipped.tolist() == [is_clipped for _, is_clipped in pairs]
-
-    parameters = [logprobs, entropies] if entropy_coef else [logprobs]
-    found = torch.autograd.grad(loss.sum(), parameters)
-    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), parameters))
 
 
 @pytest.mark.parametrize("credit", [1.0, -1.0])
@@ -763,28 +687,23 @@ def test_an_entropy_without_weight_does_no_harm(entropy):
     assert logprobs.grad.tolist() == [-2]
 
 
-def random_steps(rng, count, prompts, responses):
-    """Steps of few prompts and responses, so that many are alike."""
-    return [
-        Step(Answer((int(rng.integers(prompts)),) * 5, (int(rng.integers(responses)),) * 3, [-1.0]))
-        for _ in range(count)
-    ]
-
-
 def pairs_of(steps):
     return {(step.answer.prompt, step.answer.response) for step in steps}
 
 
 @pytest.mark.parametrize("budget, largest", [(1, 1), (24, 3), (25, 4), (32, 4), (9999, 12)])
 def test_micro_batches_are_of_about_their_budget(budget, largest):
-    """Or an answer more. Each step is in one; equal answers to a prompt stay together as one."""
-    steps = random_steps(np.random.default_rng(0), 200, prompts=3, responses=4)
+    """A list is closed once it has reached the budget; a pair of prompt and response is 8 tokens.
+
+    Each step is in one list; equal answers to a prompt stay together as one.
+    """
+    steps = [Step(Answer((i % 3,) * 5, (i % 4,) * 3)) for i in range(200)]
     batches = msgrpo.micro_batches(steps, budget)
     found = [id(step) for batch in batches for step in batch]
     assert sorted(found) == sorted(id(step) for step in steps)
     sizes = [len(pairs_of(batch)) for batch in batches]
     assert sum(sizes) == 12
-    assert max(sizes) == largest  # pairs, of 8 tokens each
+    assert max(sizes) == largest
 
 
 def test_micro_batches_are_of_similar_length():
@@ -869,16 +788,10 @@ def test_an_updates_gradient_is_that_of_a_slow_loop(temperature, clip, gamma, en
     scored = len(tokens) if entropy_coef else np.count_nonzero(credit)
     clipped = sum(is_clipped for _, is_clipped in tokens)
     assert found["clip_share"] == pytest.approx(clipped / scored)
-
-
-def test_the_ratio_is_one_before_the_first_update():
-    agent = corridor_agent(temperature=1.7)
-    episodes = msgrpo.play(agent, corridors())
-    msgrpo.assign_credit(episodes, torch.ones(12))
-    found = msgrpo.accumulate_gradient(agent, episodes, budget=50)
-    assert found["logprob_gap"] < 1e-6
-    assert found["clip_share"] == 0
-    assert found["loss"] == pytest.approx(-1)
+    is_scored = torch.tensor([bool(paid or entropy_coef) for paid in credit])
+    gaps = (scores - logprobs_of(steps)).abs()
+    assert found["entropy"] == pytest.approx(entropies[is_scored].mean().item(), abs=1e-5)
+    assert found["logprob_gap"] == pytest.approx(gaps[is_scored].mean().item(), abs=1e-5)
 
 
 def test_rescoring_gives_the_log_probabilities_of_training():
@@ -1202,22 +1115,15 @@ def test_the_agent_has_the_settings_of_the_run(think, max_new_tokens, expected):
     assert learner.player("go")[2:] == ("go", 0.5, expected, think)
 
 
-def two_ranks(monkeypatch):
-    """Be the first, then the second of two processes, which exchange nothing."""
-    monkeypatch.setattr(train, "WORLD", 2)
-    monkeypatch.setattr(train, "gather", lambda items: items)
-    for rank in range(2):
-        monkeypatch.setattr(train, "RANK", rank)
-        yield rank
-
-
 @pytest.mark.parametrize("unequal, passes", [(0, 0), (1, 1), (3, 1), (6, 2)])
 def test_processes_share_the_passes_of_an_update(unequal, passes, monkeypatch):
     """Each makes as many, none has no step, equal answers stay with one of them."""
     steps = [Step(Answer((1,), (i % unequal,))) for i in range(4 * unequal)]
     answers = []
     worked = []
-    for _ in two_ranks(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    for rank in range(2):
+        monkeypatch.setattr(train, "RANK", rank)
         shared = train.share_passes(steps, 2)
         assert len(shared) == passes
         assert all(batch and weight in (0, 2) for batch, weight in shared)
@@ -1226,33 +1132,6 @@ def test_processes_share_the_passes_of_an_update(unequal, passes, monkeypatch):
         worked += mine
     assert sorted(id(step) for step in worked) == sorted(id(step) for step in steps)
     assert not answers[0] & answers[1]
-
-
-@pytest.mark.parametrize("budget", [9999, 10])
-def test_two_processes_have_the_gradient_of_one(budget, monkeypatch):
-    """FSDP2 averages their gradients."""
-    agent = corridor_agent()
-    settings = tiny_settings(micro_batch_tokens=budget)
-    episodes = msgrpo.play(agent, corridors(5))
-    msgrpo.assign_credit(episodes, ADVANTAGES[:5])
-    expected = msgrpo.accumulate_gradient(agent, episodes, entropy_coef=0.1)
-    whole = gradient(agent.model)
-
-    agent.model.zero_grad()
-    found = train.accumulate_gradient(agent, episodes, settings, 0.1, can_stop=False)
-    assert found == pytest.approx(expected, abs=1e-6)
-    torch.testing.assert_close(gradient(agent.model), whole)
-
-    agent.model.zero_grad()
-    found = [
-        train.accumulate_gradient(agent, episodes, settings, 0.1, can_stop=False)
-        for _ in two_ranks(monkeypatch)
-    ]
-    torch.testing.assert_close(gradient(agent.model) / 2, whole)
-    for key in expected:
-        assert np.mean([of_rank[key] for of_rank in found]) == pytest.approx(
-            expected[key], abs=1e-6
-        )
 
 
 def far_episode(token, gap):
@@ -1337,12 +1216,19 @@ class ByRule:
         return [Answer((0,), (1, 2, 3), [-1.0] * 3, f"<action>{word}</action>") for word in words]
 
 
+def an_update(tokens, value):
+    means = dict.fromkeys("loss entropy clip_share logprob_gap grad_norm".split(), value)
+    return means | {"tokens": tokens, "trained": 1}
+
+
 def test_the_books_of_an_iteration(monkeypatch):
     """Three groups of two episodes, each on a row of ice: all can be said by hand."""
     maps = iter([["SG"], ["SH"]])
     monkeypatch.setattr(frozenlake, "draw_map", lambda scenario, rng: next(maps))
-    monkeypatch.setattr(train, "learn", lambda *args: [])
-    script = iter(["right", "right", "right", "left", "right", "right"] + ["right", "right"])
+    monkeypatch.setattr(train, "learn", lambda *args: [an_update(2, 1.0), an_update(6, 5.0)])
+    first_round = ["right", "right", "right", "left", "right", "right"]  # SFG SFG SG SG SH SH
+    second_round = ["right", "right", "left"]  # SFG SFG SG
+    script = iter(first_round + second_round)
     policy = ByRule(lambda text: next(script, "left"))
     settings = tiny_settings(groups=3, group_size=2, replay=0.4, imagine=0)
     failed = [["SFG"]] * 300
@@ -1360,17 +1246,17 @@ def test_the_books_of_an_iteration(monkeypatch):
         "groups_without_success": 1 / 3,
         "replayed_groups": 1,
         "generated_tokens": 45,
-        "trained_tokens": 0,
+        "trained_tokens": 8,
         "nonzero_episodes": 2,
         "drawn_episodes": 2,
-        "trained_episodes": 0,
-        "updates": 0,
+        "trained_episodes": 2,
+        "updates": 2,
         "refused_updates": 0,
-        "loss": None,
-        "entropy": None,
-        "clip_share": None,
-        "logprob_gap": None,
-        "grad_norm": None,
+        "loss": 4,  # (2 * 1 + 6 * 5) / 8
+        "entropy": 4,
+        "clip_share": 4,
+        "logprob_gap": 4,
+        "grad_norm": 4,
         "rollout_gap": None,
     }
     found = {key: value and float(value) for key, value in metrics.items()}
@@ -1907,22 +1793,17 @@ REFUSALS = {  # use: a word of the message
     "--eval RUN --out NEW": "out",
     "--resume NOWHERE": "NOWHERE",
     "--resume FOREIGN": "FOREIGN",
-    "--resume EMPTY": "EMPTY",
     "--eval NOWHERE": "NOWHERE",
     "--eval FOREIGN": "FOREIGN",
     "--play EMPTY": "EMPTY",
     "--checkpoint EMPTY": "EMPTY",
     "--resume CUT_STATE": "state.pt",
-    "--eval CUT_STATE": "state.pt",
     "--resume CUT_SETTINGS": "settings.json",
     "--resume OLDER_SETTINGS": "settings.json: --recompute is False, not one of nothing, parts",
-    "--resume WRONG_SETTINGS": "settings.json: --recompute is True, not one of nothing, parts",
     "--eval TRUE_SETTINGS": "settings.json: --seed is True, which is no int",
     "--resume OLDER_STATE": "state.pt: it was written by another version",
     "--resume NO_MOMENTS --iterations 3": "state.pt: malformed",
     "--eval CUT_MODEL": "model.safetensors",
-    "--play CUT_MODEL": "model.safetensors",
-    "--checkpoint CUT_MODEL": "model.safetensors",
 }
 
 
@@ -1934,8 +1815,8 @@ def cut(path):
 def homes(warm, tmp_path_factory):
     """A run, and what is broken or no run at all."""
     home = tmp_path_factory.mktemp("homes")
-    names = "RUN CUT_STATE CUT_SETTINGS WRONG_SETTINGS OLDER_SETTINGS TRUE_SETTINGS OLDER_STATE"
-    for name in [*names.split(), "NO_MOMENTS"]:
+    names = "RUN CUT_STATE CUT_SETTINGS OLDER_SETTINGS TRUE_SETTINGS OLDER_STATE NO_MOMENTS"
+    for name in names.split():
         shutil.copytree(warm, home / name)
     edit(home / "TRUE_SETTINGS/settings.json", seed=True)
     state = torch.load(warm / "state.pt", weights_only=True)
@@ -1946,8 +1827,7 @@ def homes(warm, tmp_path_factory):
     cut(home / "CUT_STATE/state.pt")
     cut(home / "CUT_MODEL/model.safetensors")
     cut(home / "CUT_SETTINGS/settings.json")
-    for name, value in {"WRONG_SETTINGS": True, "OLDER_SETTINGS": False}.items():
-        edit(home / name / "settings.json", recompute=value)  # as older runs have it
+    edit(home / "OLDER_SETTINGS/settings.json", recompute=False)  # as older runs have it
     (home / "EMPTY").mkdir()
     shutil.copytree(warm, home / "BARE")
     (home / "BARE/state.pt").unlink()
@@ -2002,16 +1882,6 @@ def test_a_mistake_of_ours_or_of_a_fork_is_no_bad_use(mistake, monkeypatch):
 def checkpoint(tmp_path):
     """Copies a golden checkpoint to where it may be changed."""
     return lambda name: shutil.copytree(DATA / name, tmp_path / name)
-
-
-def test_what_is_not_supported_is_said_before_weights_are_read(checkpoint, monkeypatch):
-    directory = checkpoint("llama-biases")
-    config = json.loads((directory / "config.json").read_text())
-    config["model_type"] = "mistral"
-    (directory / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(lm, "read_safetensors", lambda path: pytest.fail("read"))
-    with pytest.raises(ValueError, match="mistral"):
-        lm.load_pretrained(directory)
 
 
 def test_a_checkpoint_without_tokenizer_is_refused(tmp_path, capsys):
@@ -2241,6 +2111,10 @@ def first_moments(out):
     return torch.cat([moments[name]["exp_avg"].flatten() for name in sorted(moments)])
 
 
+def scenarios_of(out):
+    return json.loads((out / "summary.json").read_text())["scenarios"]
+
+
 def test_two_processes_do_what_one_does(warm, tmp_path):
     """Metrics, gradients and weights are the same; and two go on with what one began."""
     flags = "--micro-batch-tokens 200 --learning-rate 1e-4"
@@ -2267,6 +2141,7 @@ def test_two_processes_do_what_one_does(warm, tmp_path):
         found = lm.read_safetensors(out / "model/model.safetensors")
         torch.testing.assert_close(found, weights, atol=1e-5, rtol=0)
         assert (first_moments(out) - moments).norm() < 1e-5 * moments.norm()
+        assert scenarios_of(out) == scenarios_of(one)
 
 
 # Learning
@@ -2540,8 +2415,6 @@ except OSError as error:
         {"num_hidden_layers": 1},
         {"num_attention_heads": 0},
         {"num_attention_heads": 3},
-        {"num_key_value_heads": 3},
-        {"head_dim": 3},
         {"head_dim": 1 << 20},
         {"intermediate_size": 13},
         {"vocab_size": 1 << 40},
@@ -2554,6 +2427,23 @@ def test_config_refused(changes, checkpoint):
     edit(directory / "config.json", **changes)
     with pytest.raises(ValueError, match=str(directory)):
         lm.load_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"num_key_value_heads": 3}, "num_key_value_heads does not divide"),
+        ({"head_dim": 3}, "head_dim is odd"),
+        ({"rope_scaling": dict.fromkeys(lm.LLAMA3_ROPE, 4) | {"type": "llama3"}}, "high_freq"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+    ],
+    ids=str,
+)
+def test_config_whose_numbers_do_not_fit(changes, reason):
+    """Said before weights of such shapes are looked for."""
+    config = json.loads((DATA / "llama-biases/config.json").read_text())
+    with pytest.raises(ValueError, match=reason):
+        lm.parse_config(json.dumps(config | changes).encode())
 
 
 def test_config_that_is_no_json_object(checkpoint):
@@ -2661,12 +2551,15 @@ def test_shards_refused(spoil, checkpoint):
     name = next(iter(homes))
     (other,) = {*homes.values()} - {homes[name]}
     changes = {
-        "outside": {name: "../" + homes[name]},
+        "outside": {name: f"../{home}" for name, home in homes.items()},
         "absent": {name: "none.safetensors"},
         "null": {name: None},
         "elsewhere": {name: other},
         "extra": {"more": other},
     }
+    if spoil == "outside":  # all is there, and good
+        for path in directory.glob("*.safetensors"):
+            shutil.copy(path, directory.parent)
     if spoil == "twice":
         tensors = lm.read_safetensors(directory / other)
         tensors[name] = lm.read_safetensors(directory / homes[name])[name]
@@ -3020,9 +2913,9 @@ def test_where_a_template_comes_from():
     "template",
     [
         "{% if %}",
-        "{{ raise_exception('no chat') }}",
-        "{{ messages[0].content.__class__.__mro__ }}",
-        "{{ messages.append(1) }}{{ messages[0].content }}",
+        "{{ messages[0].content }}{{ raise_exception('no chat') }}",
+        "{{ messages[0].content }}{{ messages[0].content.__class__.__mro__ }}",
+        "{{ messages[0].content }}{{ messages.append(1) }}",
         "{{ messages[5].content.x }}",
         "nothing of the user's",
         "{{ " + "(" * 100_000,
