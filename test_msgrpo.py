@@ -1947,10 +1947,8 @@ def at_call(patch, module, name, number, act):
     [
         (msgrpo, "episode_advantages", 1, kill, ""),  # before there is any state
         (msgrpo, "play", 1, kill, "--warmup-steps 3"),  # behind the warm-up, which is kept
-        (msgrpo, "episode_advantages", 4, kill, ""),  # an iteration after the last state
         (torch, "save", 2, write_half_and_kill, ""),
         (lm, "write_safetensors", 1, kill, ""),
-        (msgrpo, "play", 7, kill, ""),  # in the evaluation at the end
         (msgrpo, "episode_advantages", 4, kill, "--dtype bfloat16 --replay 0.5"),
     ],
 )

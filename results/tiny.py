@@ -1,7 +1,7 @@
 """Seeds of `python train.py --tiny`, one after the other: what the README says of them.
 
     python results/tiny.py --name mine --seeds 2000 2001    with an evaluation every 20 iterations
-    python results/tiny.py                                  the tables alone
+    python results/tiny.py [--name mine]                    the tables alone
 
 Flags that are not known here go to train.py, for ablations: `--name no-floor --entropy-floor 0`.
 The metrics, settings and summary of a seed are kept in results/tiny/NAME/SEED. One that is there is
@@ -55,9 +55,9 @@ def row(folder):
     }
 
 
-def report(home):
-    """The table of every name, as Markdown, and its means."""
-    for folder in sorted(path for path in home.iterdir() if path.is_dir()):
+def report(home, name):
+    """The table of a name, or of every one, as Markdown, and its means."""
+    for folder in sorted(path for path in home.glob(name or "*") if path.is_dir()):
         rows = {path.name: row(path) for path in sorted(folder.glob("*")) if path.is_dir()}
         keys = list(next(iter(rows.values())))
         print(f"\n{folder.name}\n\n| seed | {' | '.join(keys)} |\n|{'---|' * (len(keys) + 1)}")
@@ -82,7 +82,7 @@ def main():
         if not folder.exists():
             run_seed(folder, seed, flags)
             print(seed, row(folder), flush=True)
-    report(home)
+    report(home, args.name)
 
 
 if __name__ == "__main__":
