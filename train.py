@@ -1112,6 +1112,7 @@ def run(argv, agent_class, assign_credit):
         lm.ensure(allowed, f"--{mode} takes no --{name.replace('_', '-')}")
     out = given.pop("out", None)
     settings = read_settings(mode, folder, given)
+    check_device(settings.device)
     join_processes(settings.device)
     STATUS.doing("loading the model")
     model, tokenizer, state = load_model(mode, folder, settings)
@@ -1208,16 +1209,21 @@ def make_folder(out, settings):
     return out
 
 
-def join_processes(device):
-    """What torchrun asks for, where there are several processes, on a device that is there."""
+def check_device(device):
+    """Refuses a device that is not there or not supported."""
     kind = device.split(":")[0]
     lm.ensure(kind in ("cpu", "cuda"), f"--device {device}: cpu, cuda and cuda:N are supported")
     has_device = kind == "cpu" or torch.cuda.is_available()
     lm.ensure(has_device, f"--device {device}: there is no CUDA GPU here, give --device cpu")
+
+
+def join_processes(device):
+    """What torchrun asks for, where there are several processes."""
     both = ("RANK" in os.environ) == ("WORLD_SIZE" in os.environ)
     lm.ensure(both, "of RANK and WORLD_SIZE, which torchrun sets, only one is in the environment")
     if WORLD == 1:
         return
+    kind = device.split(":")[0]
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The default is half an hour; one process may write a large state while the others wait
