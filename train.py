@@ -14,6 +14,7 @@ group, episode), not from what was drawn before: on a CPU, a resumed run goes on
 import argparse
 import copy
 import difflib
+import gc
 import itertools
 import json
 import os
@@ -822,6 +823,7 @@ def train(learner, out, state):
         clock -= json.loads(history[-1])["seconds"]
     ends = [time.perf_counter() - clock]  # of the last iterations, in seconds: for the time left
     say(LEGEND)
+    gc.freeze()  # modules and the model stay: looking for garbage among them takes time
     with INTERRUPTS:
         for iteration in range(len(history) + 1, s.iterations + 1):
             try:
@@ -848,6 +850,7 @@ def train(learner, out, state):
                 save_state(out, state, learner)
         if any(gather([INTERRUPTS.asked])):
             raise KeyboardInterrupt(f"go on by --resume {shlex.quote(str(out))}")
+    gc.unfreeze()
     finish(learner, out, state, clock)
 
 
