@@ -850,8 +850,8 @@ def train(learner, out, state):
                 save_state(out, state, learner)
         if any(gather([INTERRUPTS.asked])):
             raise KeyboardInterrupt(f"go on by --resume {shlex.quote(str(out))}")
-    gc.unfreeze()
     finish(learner, out, state, clock)
+    gc.unfreeze()
 
 
 def check_learning(history):
