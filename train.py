@@ -82,7 +82,7 @@ class Settings:
     groups: int = setting(2, "Play X groups an iteration, each on its own map [author]", 1)
     group_size: int = setting(16, "Play X episodes in a group, all on its map [author]", 2)
     normalize_std: bool = setting(True, "Divide advantages by the group's standard deviation")
-    imagine: int = setting(0, "Compare with X imagined episodes too, as good as the mean of all", 0, 1e6)
+    imagine: int = setting(0, "Compare with X imagined episodes of mean return or more", 0, 1e6)
     gamma: float = setting(1.0, "Fade credit by X a step, from the end back; paper: 1", 0, 1)
     sampling: str = setting("aaw", "Draw episodes by this rule", choices=("aaw", "uniform", "all"))
     keep: float = setting(0.5, "Draw this share of the episodes, by aaw and uniform", 1e-9, 1)
