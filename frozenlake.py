@@ -191,11 +191,11 @@ def distances(desc):
     return moves
 
 
-def random_map(size, p, rng):
+def random_map(size, p, rng, held_out=None):
     """A solvable size x size map; every tile but start and goal is frozen with probability p.
 
-    rng: a numpy Generator. Raises ValueError where no such map can be drawn: Gymnasium's generator
-    would search for ever.
+    rng: a numpy Generator. held_out: whether the map `is_held_out`; None: either. Raises ValueError
+    where no such map can be drawn: Gymnasium's generator would search for ever.
     """
     if size < 2 or not 0 < p <= 1:
         raise ValueError(f"a random map needs size >= 2 and 0 < p <= 1, not size {size} and p {p}")
@@ -204,28 +204,32 @@ def random_map(size, p, rng):
         tiles[0] = "S"
         tiles[-1] = "G"
         desc = as_rows(tiles, size)
-        if 0 in distances(desc):
+        if held_out in (None, is_held_out(desc)) and 0 in distances(desc):
             return desc
     raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
 
 
-def random_maze(size, p, rng, hard=0.0):
+def random_maze(size, p, rng, held_out):
     """A board some of whose tiles need a detour; start and goal are anywhere (ours).
 
-    From such a tile the way to the goal is at least four moves longer than without holes. A share
-    `hard` of the mazes start on one of them, the others on any tile that leads to the goal.
+    From such a tile the way to the goal is at least four moves longer than without holes. Half of
+    the held-out mazes start on one of them. The others, and all of training, start on any tile that
+    leads to the goal, so that a beginner wins at times.
     """
     row, column = np.divmod(np.arange(size * size), size)
     while True:
         tiles = np.where(rng.random(size * size) < p, "F", "H")
-        goal_row, goal_column = rng.integers(size, size=2)
-        tiles[goal_row * size + goal_column] = "G"
-        straight = abs(row - goal_row) + abs(column - goal_column)
-        moves = distances(as_rows(tiles, size))
+        goal = rng.integers(size * size)
+        tiles[goal] = "G"
+        board = as_rows(tiles, size)
+        if is_held_out(board) != held_out:
+            continue
+        straight = (abs(row - row[goal]) + abs(column - column[goal])).tolist()
+        moves = distances(board)
         starts = list(moves)[1:]  # the first is the goal
         detours = [state for state in starts if moves[state] - straight[state] >= 4]
         if detours:
-            if rng.random() < hard:
+            if held_out and rng.random() < 0.5:
                 starts = detours
             tiles[starts[rng.integers(len(starts))]] = "S"
             return as_rows(tiles, size)
@@ -249,19 +253,9 @@ def is_held_out(desc):
 
 
 def draw_map(scenario, rng, held_out=False):
-    """A random map of the scenario, from the training maps or from the held-out ones.
-
-    Half of the held-out mazes start where they need a detour. In training a start is anywhere, so
-    that a beginner wins at times.
-    """
-    while True:
-        if scenario.maze:
-            hard = 0.5 if held_out else 0.0
-            desc = random_maze(scenario.size, scenario.p, rng, hard)
-        else:
-            desc = random_map(scenario.size, scenario.p, rng)
-        if is_held_out(desc) == held_out:
-            return desc
+    """A random map of the scenario, from the training maps or from the held-out ones."""
+    draw = random_maze if scenario.maze else random_map
+    return draw(scenario.size, scenario.p, rng, held_out)
 
 
 @functools.cache
@@ -277,8 +271,8 @@ def held_out_maps(scenario):
     return maps, weights / weights.sum()
 
 
-def baselines(lake):
-    """Probability of the goal within max_steps of players who do not learn: {player: probability}.
+def baselines(lakes):
+    """Success of players who do not learn: {player: probabilities (lakes,)}.
 
     random   any move, uniformly
     reflex1  nearer to the goal, onto ice: up or down if it can, else sideways
@@ -286,55 +280,67 @@ def baselines(lake):
     reflex3  the same, where two more moves are
     optimal  the best there is
 
-    By value iteration: V(s) <- sum_a pi(a|s) sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
+    The lakes have one size and the same rules. Probability of the goal within max_steps, by value
+    iteration: V(s) <- sum_a pi(a|s) sum_s' T(s'|s,a) (goal(s') + alive(s') V(s')).
     """
-    states = len(lake.tiles)
-    # T from ice, (action, state, next state); what it says of goal and holes is not used
-    chosen = np.eye(states)[lake.neighbours]
-    sides = np.roll(chosen, 1, 0) + np.roll(chosen, -1, 0)
-    kernel = lake.success_rate * chosen + lake.side_rate * sides
-    goal = np.array([tile == "G" for tile in lake.tiles], float)
-    alive = np.array([tile in "SF" for tile in lake.tiles], float)
-    policies = {"random": np.full((4, states), 1 / 4)}  # pi(a|s)
+    rules = lakes[0]
+    tiles = tiles_of(lakes)
+    policies = {"random": np.full((len(lakes), *rules.neighbours.shape), 1 / 4)}  # pi(a|s)
     for sight in (1, 2, 3):
-        policies[f"reflex{sight}"] = np.eye(4)[:, reflex(lake, sight)]
-    policies["optimal"] = np.zeros((4, states))  # it takes the best action instead
-    stacked = np.stack([*policies.values()])  # (player, action, state)
-    values = np.zeros((len(stacked), states))
-    for _ in range(lake.max_steps):
-        worth = goal + alive * values
-        of_actions = (kernel @ worth.T).transpose(2, 0, 1)  # (player, action, state)
-        values = (stacked * of_actions).sum(1)
-        values[-1] = of_actions[-1].max(0)
-    return dict(zip(policies, values[:, lake.tiles.index("S")].tolist()))
+        policies[f"reflex{sight}"] = reflex(lakes, sight)[:, None] == np.arange(4)[:, None]
+    policies["optimal"] = np.zeros_like(policies["random"])  # it takes the best action instead
+
+    def slip(x):
+        """The mean of x (..., action, state) over where the ice turns an action."""
+        sides = np.roll(x, 1, -2) + np.roll(x, -1, -2)
+        return rules.success_rate * x + rules.side_rate * sides
+
+    # How likely each move is made: (lakes, player, action, state)
+    moves = slip(np.stack([*policies.values()], 1))
+    goal = (tiles == "G")[:, None]  # (lakes, 1, state)
+    alive = np.isin(tiles, ["S", "F"])[:, None]
+    values = 0  # V, when no step is left
+    for _ in range(rules.max_steps):
+        worth = goal + alive * values  # (lakes, player, state)
+        landing = worth[..., rules.neighbours]  # (lakes, player, action, state)
+        values = (moves * landing).sum(2)  # (lakes, player, state)
+        values[:, -1] = slip(landing[:, -1]).max(1)
+    success = values.transpose(1, 0, 2)[:, tiles == "S"]  # (player, lakes)
+    return dict(zip(policies, success))
 
 
-def reflex(lake, sight):
-    """The action of each state: nearer to the goal, where `sight` cells can be walked that way.
+def tiles_of(lakes):
+    """(lakes, state) letters."""
+    return np.array([list(lake.tiles) for lake in lakes])
+
+
+def reflex(lakes, sight):
+    """Actions (lakes, state): nearer to the goal, where `sight` cells can be walked that way.
 
     Where they cannot, it is nearer to the goal all the same.
     """
     order = np.array([1, 3, 0, 2])  # up or down first, then sideways
-    nearer = nearer_moves(lake)
-    good = nearer & walkable(lake, sight)[lake.neighbours]
-    rank = nearer.astype(int) + good  # (action, state)
-    return order[rank[order].argmax(0)]
+    nearer = nearer_moves(lakes)
+    good = nearer & walkable(lakes, sight)[:, lakes[0].neighbours]
+    rank = nearer.astype(int) + good  # (lakes, action, state)
+    return order[rank[:, order].argmax(1)]
 
 
-def nearer_moves(lake):
-    """(action, state): does the move lead nearer to the goal, holes or not?"""
-    row, column = np.divmod(np.arange(len(lake.tiles)), lake.columns)
-    goal = lake.tiles.index("G")
-    distance = abs(row - row[goal]) + abs(column - column[goal])
-    return distance[lake.neighbours] < distance
+def nearer_moves(lakes):
+    """(lakes, action, state): does the move lead nearer to the goal, holes or not?"""
+    states = np.arange(len(lakes[0].tiles))
+    goal = np.array([[lake.tiles.index("G")] for lake in lakes])
+    columns = lakes[0].columns
+    distance = abs(states // columns - goal // columns) + abs(states % columns - goal % columns)
+    return distance[:, lakes[0].neighbours] < distance[:, None]
 
 
-def walkable(lake, sight):
-    """(state,): can one walk on it, and on from it, nearer to the goal, over `sight` cells?"""
-    tiles = np.array(list(lake.tiles))
-    nearer = nearer_moves(lake)
+def walkable(lakes, sight):
+    """(lakes, state): can one walk on it, and on from it, nearer to the goal, `sight` cells?"""
+    tiles = tiles_of(lakes)
+    nearer = nearer_moves(lakes)
     found = tiles != "H"
     for _ in range(sight - 1):
-        onward = (nearer & found[lake.neighbours]).any(0)
+        onward = (nearer & found[:, lakes[0].neighbours]).any(1)
         found = (tiles == "G") | (tiles != "H") & onward
     return found

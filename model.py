@@ -372,7 +372,7 @@ class LanguageAgent:
         weight = self.model.head_weight()[: self.tokenizer.size]
         return log_probabilities(x, weight, self.temperature)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, observations, uniforms):
         """As msgrpo.Policy says."""
         if uniforms is not None:

@@ -150,9 +150,9 @@ MAPS = {  # Gymnasium's two
     ],
 )
 def test_baselines_are_the_known_ones(name, success_rate, steps, optimal, uniform):
-    found = frozenlake.baselines(FrozenLake(MAPS[name], success_rate, steps))
-    assert found["optimal"] == pytest.approx(optimal, abs=5e-5)
-    assert found["random"] == pytest.approx(uniform, abs=5e-5)
+    found = frozenlake.baselines([FrozenLake(MAPS[name], success_rate, steps)])
+    assert found["optimal"] == pytest.approx([optimal], abs=5e-5)
+    assert found["random"] == pytest.approx([uniform], abs=5e-5)
 
 
 @pytest.mark.parametrize(

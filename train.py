@@ -752,8 +752,8 @@ class Remembering:
 
 def mean_baselines(lakes, weights):
     """Success of those who do not learn: {player: probability}."""
-    baselines = [frozenlake.baselines(lake) for lake in lakes]
-    return {name: float(weights @ [of[name] for of in baselines]) for name in baselines[0]}
+    baselines = frozenlake.baselines(lakes)
+    return {player: float(weights @ success) for player, success in baselines.items()}
 
 
 def half_interval(mean, weights):

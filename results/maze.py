@@ -36,8 +36,8 @@ class View:
     def __init__(self, lake, order):
         self.order = order  # of the moves nearer to the goal
         self.neighbours = lake.neighbours  # (move, state)
-        self.nearer = frozenlake.nearer_moves(lake)  # (move, state)
-        self.walkable = [None] + [frozenlake.walkable(lake, sight) for sight in (1, 2, 3)]
+        self.nearer = frozenlake.nearer_moves([lake])[0]  # (move, state)
+        self.walkable = [None] + [frozenlake.walkable([lake], sight)[0] for sight in (1, 2, 3)]
 
     def moves_nearer(self, state):
         return [move for move in self.order if self.nearer[move, state]]
