@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -498,44 +499,56 @@ class Tree:
         """keep: have `attend` add each layer's keys and values, for a `Cache`."""
         self.keys_values = [] if keep else None  # two a layer, (1, groups, nodes, head_dim)
         start = shared_length([text[:-1] for text in texts])  # so no text's own part is empty
-        width = max(len(text) for text in texts) - start
         ids = list(texts[0][:start])
         positions = list(range(start))
         nodes = {}  # {(the node before, token): node}
         paths = []  # of each text, its nodes
-        places = []  # of each node, its first place in the paths
+        known = []  # of each text, how many of these an earlier one has, the last left out
         for text in texts:
             path = []
+            before = len(ids)
             node = None  # what begins all texts is the same for all
             for token in text[start:]:
                 node = nodes.setdefault((node, token), len(ids))
                 if node == len(ids):  # a new one
                     ids.append(token)
                     positions.append(start + len(path))
-                    places.append(len(paths) * width + len(path))
                 path.append(node)
             paths.append(path)
+            known.append(len(path) - max(1, len(ids) - before))
 
         self.lengths = torch.tensor([len(text) for text in texts], device=device)
         self.ids = torch.tensor([ids], device=device)
         self.positions = torch.tensor([positions], device=device)
-        self.paths = torch.tensor(pad(paths, 0), device=device)  # padding, which none sees, is 0
-        self.places = torch.tensor(places, device=device)  # (nodes,) in the flattened paths
-        self.shared = torch.arange(start, device=device)[None]
-        self.slots = torch.cat([self.shared.expand(len(texts), -1), self.paths], 1)
+        paths = torch.tensor(pad(paths, 0), device=device)  # padding, which none sees, is 0
+        shared = torch.arange(start, device=device)[None]
+        self.slots = torch.cat([shared.expand(len(texts), -1), paths], 1)
+        self.groups = [(shared, shared), *self.split(paths, torch.tensor(known, device=device))]
+        attended = torch.cat([nodes.flatten() for nodes, _ in self.groups])
+        _, places = np.unique(attended.cpu(), return_index=True)
+        self.places = torch.tensor(places[None], device=device)  # (1, nodes) in `attended`
+
+    def split(self, paths, known):
+        """The texts in groups, each as (nodes that attend, slots that they see, both by text).
+
+        Texts most of whose nodes an earlier one has, such as answers to one prompt, are a group of
+        their own. They attend from the first node on that is new in one of them.
+        """
+        late = known > paths.shape[1] // 2  # (texts,)
+        groups = [(paths[~late], self.slots[~late])]
+        if late.any():
+            groups.append((paths[late, known[late].min() :], self.slots[late]))
+        return groups
 
     def attend(self, layer, q, k, v):
         """`causal_attention` of each node: q (1, heads, nodes, head_dim)."""
         if self.keys_values is not None:
             self.keys_values.append((k, v))
-        shared = self.attend_at(self.shared, self.shared, q, k, v)
-        out = self.attend_at(self.paths, self.slots, q, k, v)
-        out = out.transpose(0, 1).flatten(1, 2)[None]  # (1, heads, texts * longest, head_dim)
-        return torch.cat([shared, gather(out, self.places[None])], 2)
-
-    def attend_at(self, nodes, slots, q, k, v):
-        """`causal_attention` of some nodes (texts, some): (texts, heads, some, head_dim)."""
-        return causal_attention(gather(q, nodes), gather(k, slots), gather(v, slots))
+        parts = []
+        for nodes, slots in self.groups:
+            out = causal_attention(gather(q, nodes), gather(k, slots), gather(v, slots))
+            parts.append(out.transpose(0, 1).flatten(1, 2))  # (heads, texts * some, head_dim)
+        return gather(torch.cat(parts, 1)[None], self.places)
 
 
 def gather(x, nodes):

@@ -647,9 +647,14 @@ def test_texts_that_begin_alike_are_run_once():
     tree = lm.Tree([(7, 8, 1, 2, 3), (7, 8, 1, 2, 4), (7, 8, 5), (7, 8, 1, 2, 3)], "cpu")
     assert tree.ids.tolist() == [[7, 8, 1, 2, 3, 4, 5]]
     assert tree.positions.tolist() == [[0, 1, 2, 3, 4, 4, 2]]
-    assert tree.shared.tolist() == [[0, 1]]
-    assert tree.paths[[0, 1, 3]].tolist() == [[2, 3, 4], [2, 3, 5], [2, 3, 4]]
+    assert tree.slots[[0, 1, 3]].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4]]
     assert tree.slots[2, :3].tolist() == [0, 1, 6]
+    shared, new, late = [nodes.tolist() for nodes, _ in tree.groups]
+    assert shared == [[0, 1]]
+    assert new == [[2, 3, 4], [6, 0, 0]]
+    assert late == [[5], [4]]
+    attended = [*shared[0], *new[0], *new[1], *late[0], *late[1]]
+    assert [attended[place] for place in tree.places[0]] == list(range(7))
 
 
 # The loss

@@ -70,8 +70,8 @@ def rollout(c, args, episodes):
 
 def update(c, args):
     """Peak bytes of a forward and a backward pass, beyond the gradients."""
-    at_most = args.micro_batch_tokens // (args.state + args.new)
-    rows = max(1, min(at_most, args.update_episodes * args.steps))
+    at_most = -(-args.micro_batch_tokens // (args.state + args.new))  # the last one may stand out
+    rows = min(at_most, args.update_episodes * args.steps)
     read = args.state + args.new - 1  # tokens of a row; an answer's last one is not read
     tokens = args.shared + rows * read
     in_texts = rows * read  # each text's queries, keys and values, gathered for its attention
@@ -98,8 +98,10 @@ def update(c, args):
     kept += 3 * tokens * c.hidden_size  # the last norm
 
     head = c.vocab_size * c.hidden_size  # its gradient in the numbers of the pass
-    elements = min(rows * args.new * c.vocab_size, lm.SLICE_ELEMENTS[args.device])  # of a slice
-    tables = 4 * 4 * elements  # logits, log-probabilities, their exp, gradients
+    elements = rows * args.new * c.vocab_size
+    of_slice = min(elements, lm.SLICE_ELEMENTS[args.device])
+    # Logits, log-probabilities, their exp, gradients; and those of the slice before
+    tables = (4 if elements == of_slice else 5) * 4 * of_slice
     at_the_head = tables + args.size * head
     in_a_layer = args.size * backward
     return args.size * (kept + head) + max(at_the_head, in_a_layer)
