@@ -213,8 +213,8 @@ def random_maze(size, p, rng, held_out):
     """A board some of whose tiles need a detour; start and goal are anywhere (ours).
 
     From such a tile the way to the goal is at least four moves longer than without holes. Half of
-    the held-out mazes start on one of them. The others, and all of training, start on any tile that
-    leads to the goal, so that a beginner wins at times.
+    the held-out mazes must start on one of them. The others, and all of training, start on any tile
+    that leads to the goal, so that a beginner wins at times.
     """
     row, column = np.divmod(np.arange(size * size), size)
     while True:
@@ -244,7 +244,7 @@ def as_rows(tiles, columns):
 def is_held_out(desc):
     """Is this map reserved for evaluation? An eighth of all maps is, by a hash.
 
-    Another seed would not do: only 3,828 maps of 4x4 are solvable, and the likely ones repeat. The
+    Draws of another seed would repeat: only 3,828 maps of 4x4 are solvable, and few are likely. The
     hash leaves out where one starts, and takes the usual place, top left: one can walk from one
     start to another, so boards that differ in nothing else must not be split.
     """
@@ -287,8 +287,9 @@ def baselines(lakes):
     tiles = tiles_of(lakes)
     policies = {"random": np.full((len(lakes), *rules.neighbours.shape), 1 / 4)}  # pi(a|s)
     for sight in (1, 2, 3):
-        policies[f"reflex{sight}"] = reflex(lakes, sight)[:, None] == np.arange(4)[:, None]
-    policies["optimal"] = np.zeros_like(policies["random"])  # it takes the best action instead
+        actions = reflex(lakes, sight)[:, None]  # (lakes, 1, state)
+        policies[f"reflex{sight}"] = actions == np.arange(4)[:, None]  # (lakes, action, state)
+    policies["optimal"] = np.zeros_like(policies["random"])  # its value is set below
 
     def slip(x):
         """The mean of x (..., action, state) over where the ice turns an action."""

@@ -1,9 +1,9 @@
 """One decoder-only transformer for Llama, Qwen2 and Qwen3 weights, and for the tiny model.
 
 Reading order: `Transformer` (tokens -> logits), `LanguageAgent` (text -> tokens that are sampled,
-then scored), and, below a line, the file formats: tokenizer, config.json, safetensors, load and
-save. Modules bear the names of Hugging Face's state dicts, so that weights load by a strict match
-of names.
+then scored), and, below a line, what saves time and memory, and the file formats: config.json,
+safetensors, tokenizer, chats, load and save. Modules bear the names of Hugging Face's state dicts,
+so that weights load by a strict match of names.
 """
 
 import contextlib
@@ -170,7 +170,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, context, wrap):
-        """wrap: `checkpointed` or `plain`, for what takes more memory than time."""
+        """wrap runs what takes more memory than time: it is `checkpointed` or `plain`."""
         normed = wrap(self.input_layernorm, x)
         x = x + self.self_attn(normed, cos, sin, context, wrap)
         normed = wrap(self.post_attention_layernorm, x)
@@ -475,6 +475,7 @@ def unique(items):
 
 
 def pick(parts, order):
+    """Parts of a tensor in this order, joined."""
     return torch.cat([parts[i] for i in order])
 
 
@@ -488,8 +489,8 @@ class Tree:
         ids          I A B C D            one long row of nodes: tokens with all that is before them
         positions    0 1 2 2 1
         slots        0 1 2, 0 1 3, 0 4    where each text's nodes stand in the row
-        shared       0                    the nodes that begin all texts: the instructions
-        paths        1 2, 1 3, 4          the others
+        groups       0 | 1 2, 4 | 3       what attends together: what begins all texts (the
+                                          instructions), texts that are new, and the ends of others
 
     Only attention takes the texts apart: it gathers each one's nodes, and a node that several texts
     share takes the result of one of them.
@@ -503,7 +504,7 @@ class Tree:
         positions = list(range(start))
         nodes = {}  # {(the node before, token): node}
         paths = []  # of each text, its nodes
-        known = []  # of each text, how many of these an earlier one has, the last left out
+        known = []  # of each text, the place in its path of the first new node, else of the last
         for text in texts:
             path = []
             before = len(ids)
@@ -525,14 +526,14 @@ class Tree:
         self.slots = torch.cat([shared.expand(len(texts), -1), paths], 1)
         self.groups = [(shared, shared), *self.split(paths, torch.tensor(known, device=device))]
         attended = torch.cat([nodes.flatten() for nodes, _ in self.groups])
-        _, places = np.unique(attended.cpu(), return_index=True)
-        self.places = torch.tensor(places[None], device=device)  # (1, nodes) in `attended`
+        _, first_places = np.unique(attended.cpu(), return_index=True)  # never that of padding
+        self.places = torch.tensor(first_places[None], device=device)  # (1, nodes) in `attended`
 
     def split(self, paths, known):
         """The texts in groups, each as (nodes that attend, slots that they see, both by text).
 
-        Texts most of whose nodes an earlier one has, such as answers to one prompt, are a group of
-        their own. They attend from the first node on that is new in one of them.
+        Texts that begin as an earlier one does for long, such as answers to one prompt, are a group
+        of their own. They attend from the first node on that is new in one of them.
         """
         late = known > paths.shape[1] // 2  # (texts,)
         groups = [(paths[~late], self.slots[~late])]
@@ -666,8 +667,8 @@ def out_of_memory(error):
 
 @contextlib.contextmanager
 def blaming(path):
-    """What the contents of the file at path do wrong inside is raised as a ValueError that names
-    it."""
+    """Errors inside, of a file's contents or of what else is called `path`, become a BadInput that
+    names it."""
     try:
         yield
     except BaseException as error:  # a panic of tiktoken's is no Exception
@@ -733,7 +734,7 @@ def config_keys(data):
     """{key: value} of a config.json, in one dialect, with transformers' defaults.
 
     transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood at the
-    top. A key with null is as good as absent.
+    top. A key with null is as good as absent, but for qwen3's `head_dim`.
     """
     raw = parse_json(data)
     if raw.get("model_type") == "qwen3":
@@ -878,7 +879,7 @@ def read_tensor(file, meta):
 
 def read_safetensors(path):
     """{name: tensor} of a safetensors file. Raises ValueError, with file and reason, if it is
-    malformed; all is checked before memory is allocated."""
+    malformed. The header is checked before memory is allocated."""
     with blaming(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         header, start = read_header(file, size)
@@ -1241,7 +1242,7 @@ def tiny_tokenizer(texts, end, pieces):
         for piece in re.findall(pieces, text):
             name = "".join(CHAR_OF[byte] for byte in piece.encode())
             vocab.setdefault(name, len(vocab))
-    merges = []  # all that tiktoken finds
+    merges = []  # all ways to make a token of two, so that other libraries cut as tiktoken does
     for name in vocab:
         pairs = [(name[:i], name[i:]) for i in range(1, len(name))]
         merges += [pair for pair in pairs if vocab.keys() >= set(pair)]
@@ -1266,7 +1267,7 @@ def older_tokenizer(files, settings, model_type):
     merges = [line for line in lines if line and not line.startswith("#version")]
     decoder = settings.get("added_tokens_decoder", {})
     added = [{**token, "id": int(i)} for i, token in decoder.items()]
-    control = {"<|endoftext|>", *named_tokens(settings).values()}  # the first is the default
+    control = {"<|endoftext|>", *named_tokens(settings).values()}  # GPT-2's, where none is named
     for name in control & vocab.keys():
         added.append({"content": name, "id": vocab[name], "special": True})
     kind = settings.get("tokenizer_class", model_type)
@@ -1319,7 +1320,8 @@ def small_files(directory):
     """{name: bytes} of what is not weights."""
     files = {}
     for path in directory.iterdir():
-        if path.suffix in (".json", ".txt", ".jinja") and path.stat().st_size <= LARGEST_HEADER:
+        is_small = path.suffix in (".json", ".txt", ".jinja") and ".index" not in path.suffixes
+        if is_small and path.stat().st_size <= LARGEST_HEADER:
             files[path.name] = path.read_bytes()
     return files
 
@@ -1393,7 +1395,7 @@ def config_json(model, tokenizer):
     """config.json's bytes in the older dialect, which all libraries read. Other keys that came with
     the model are kept."""
     ends = tokenizer.end_ids if tokenizer else ()
-    raw = {"bos_token_id": None, "eos_token_id": min(ends, default=None)}  # not transformers' 1, 2
+    raw = {"bos_token_id": None, "eos_token_id": min(ends, default=None)}  # else 1, 2
     raw |= json.loads(model.files.get("config.json", b"{}"))
     raw |= dataclasses.asdict(model.config)
     raw["architectures"] = [f"{model.config.model_type.title()}ForCausalLM"]

@@ -27,15 +27,15 @@ One iteration:
 
 What is left out of GRPO: the KL term (no reference model is held), and the mean per sequence before
 the mean over sequences (it would weight tokens of short answers more). There is no second
-normalisation after the draw.
+normalisation after the draw. An entropy bonus may be added to the objective.
 
 Why whole-episode credit is allowed: an action cannot change what was earned before it, so earlier
 rewards add noise to the gradient, but no bias: E[grad log pi(a_t|s_t) * (reward before t)] = 0. At
-the first update of an iteration, and without std and AAW, this is an unbiased policy gradient, up
-to a factor (G - 1) / G and the random number of tokens. It usually has more variance than reward
-to go. If the only reward comes at the end and gamma is 1, the two are identical. Two biases are
-deliberate: the std rescales each group, and AAW weights an episode by about |A_i| A_i where more
-than K episodes have A != 0.
+the first update of an iteration, and without std, AAW and bonus, this is an unbiased policy
+gradient, up to a factor (G - 1) / G and the random number of tokens. It usually has more variance
+than reward to go. If the only reward comes at the end and gamma is 1, the two are identical. Two
+biases are deliberate: the std rescales each group, and AAW weights an episode by about |A_i| A_i
+where more than K episodes have A != 0.
 """
 
 from dataclasses import dataclass

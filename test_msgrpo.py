@@ -2573,6 +2573,14 @@ def test_shards_refused(spoil, checkpoint):
         lm.load_pretrained(directory)
 
 
+def test_an_index_of_shards_is_not_carried_over(checkpoint, tmp_path):
+    """A run's folder has no shards."""
+    directory = checkpoint("qwen2-untied")
+    lm.save_small_files(tmp_path / "new", *lm.load_pretrained(directory))
+    assert "config.json" in os.listdir(tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*.index.json"))
+
+
 def test_tensors_that_the_index_does_not_name(checkpoint):
     """As in transformers, one of the model's is taken, and another is left alone."""
     directory = checkpoint("qwen2-untied")

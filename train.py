@@ -96,10 +96,10 @@ class Settings:
     grad_clip: float = setting(1.0, "Shorten gradients to a norm of at most X [author]")
     replay: float = setting(0.0, "Play this share of groups on maps that were failed before", 0, 1)
     layers: int = setting(3, "Give a new model X layers", 1, 1000)
-    warmup_steps: int = setting(0, "Teach the game's text first, in X steps, at a new model's rate")
+    warmup_steps: int = setting(0, "Teach a new model the game's text first, in X steps")
 
     scenario: str = setting("noslip", "Train on these lakes", choices=tuple(SCENARIOS))
-    max_steps: int = setting(0, "End training episodes after X steps; 0: the scenario's")
+    max_steps: int = setting(0, "Train, and --play, X steps at most; 0: the scenario's")
     invalid_penalty: float = setting(0.0, "Take X off the reward for an answer that is no move")
     think: bool = setting(False, "Ask for thoughts and a plan before the action")
     temperature: float = setting(1.25, "Sample, and score, at this temperature [author]", 1e-6)
@@ -139,9 +139,9 @@ class Settings:
         max_steps = rules.max_steps
         if scenario is None and self.max_steps:
             max_steps = self.max_steps
+        penalty = self.invalid_penalty
         rng = generator(*key)
-        options = (self.invalid_penalty, self.think)
-        return FrozenLake(desc, rules.success_rate, max_steps, rng, *options)
+        return FrozenLake(desc, rules.success_rate, max_steps, rng, penalty, self.think)
 
 
 def generator(*key):
@@ -211,8 +211,8 @@ def learn(trainee, learner, episodes, drawn, rate):
         with_credit = [episode for episode in of_part if any(step.credit for step in episode)]
         if not bonus and not with_credit:
             continue  # nothing to learn from
-        # can_stop, the last argument: an iteration without an update can still be given up
-        update = accumulate_gradient(trainee, of_part, s, bonus, not updates)
+        # An iteration without an update can still be given up
+        update = accumulate_gradient(trainee, of_part, s, bonus, can_stop=not updates)
         if not update["logprob_gap"] <= s.max_gap:  # it may be NaN
             learner.optimizer.zero_grad()
             break
@@ -225,10 +225,10 @@ def learn(trainee, learner, episodes, drawn, rate):
 def evaluate(learner, name, greedy=True, limit=None):
     """Success on held-out maps beside that of players who do not learn: printed and returned.
 
-    noslip: each of the 503 held-out maps once, so that greedy figures are exact; `success` weights
-    a map by its probability. Otherwise, and where fewer episodes are allowed, the same
-    `eval_episodes` draws every time, with half of Wilson's 95 % interval. limit: episodes, instead
-    of `eval_episodes`.
+    4x4 without slips: each of the 503 held-out maps once, so that greedy figures are exact;
+    `success` weights a map by its probability. Otherwise, and where fewer episodes are allowed, the
+    same `eval_episodes` draws every time, with half of Wilson's 95 % interval. limit: episodes,
+    instead of `eval_episodes`.
     """
     s = learner.settings
     scenario = SCENARIOS[name]
@@ -486,7 +486,7 @@ class Learner:
         bfloat16             a copy in bfloat16     the copy's, handed on to the master
         several processes    a copy on each         the master's, of which each has a part (FSDP2)
 
-    The master is there in bfloat16 too, as an update of relative size 1e-6 would vanish in it.
+    In bfloat16 an update of relative size 1e-6 would vanish: hence a float32 master.
     """
 
     def __init__(
@@ -586,7 +586,7 @@ class Learner:
 
 
 def hand_on_gradient(low, weight):
-    """Have a parameter's gradient added to its float32 weight's, and freed, once it is there."""
+    """As soon as a parameter has a gradient, add it to its float32 weight's, and free it."""
 
     def hand_on(low):
         if weight.grad is None:
@@ -687,7 +687,7 @@ def warm_up(trainee, learner):
             action = rng.choice(frozenlake.ACTIONS)
             answer = learner.tokenizer.encode(f"<action>{action}</action>")
             texts.append((*trainee.encode(lake.observation()), *answer))
-        start = 1 + msgrpo.shared_length(texts)  # nothing foretells the tokens before
+        start = 1 + msgrpo.shared_length(texts)  # skips the first cell too: it is random
         logprobs, _ = trainee.score([msgrpo.Answer(ids[:start], ids[start:]) for ids in texts])
         (-logprobs.mean()).backward()
         ramp = min(1, (i + 1) / 10)
@@ -854,7 +854,7 @@ def train(learner, out, state):
 
 
 def check_learning(history):
-    """Say so if nothing is learned at first; raises ValueError if gradients are not finite."""
+    """Say so if nothing is learned at first; raises BadInput if gradients are not finite."""
     last = [json.loads(line) for line in history[-3:]]
     if len(last) < 3 or any(m["updates"] for m in last):
         return
@@ -1015,7 +1015,8 @@ EPILOG = """[paper]: from the paper's abstract. [author]: from its first author'
 metrics.jsonl has a line per iteration:
 
     iteration, seconds           its number; since the run began, over all resumptions
-    success, return, steps       of an episode on a new map, on average: goal reached, reward, steps
+    success                      share of episodes on new maps that reached the goal
+    return, steps                of an episode, on average, replayed maps included
     valid, truncated             shares of answers that named a move; that hit the limit of tokens
     zero_variance_groups         share of groups whose episodes all earned the same
     groups_without_success       share of groups none of whose episodes reached the goal
@@ -1103,7 +1104,7 @@ def checked(settings):
 def run(argv, agent_class, assign_credit):
     """One command.
 
-    Raises ValueError or OSError, with a line that says why, on bad use or input.
+    Raises BadInput or OSError, with a line that says why, on bad use or input.
     """
     given = vars(make_parser().parse_args(argv))
     mode = next((mode for mode in ("tiny", *MODES) if mode in given), None)
