@@ -209,12 +209,11 @@ def random_map(size, p, rng, held_out=None):
     raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
 
 
-def random_maze(size, p, rng, held_out):
+def random_maze(size, p, rng, held_out, hard):
     """A board some of whose tiles need a detour; start and goal are anywhere (ours).
 
-    From such a tile the way to the goal is at least four moves longer than without holes. Half of
-    the held-out mazes must start on one of them. The others, and all of training, start on any tile
-    that leads to the goal, so that a beginner wins at times.
+    From such a tile the way to the goal is at least four moves longer than without holes. A share
+    `hard` of the mazes must start on one of them, the others on any tile that leads to the goal.
     """
     row, column = np.divmod(np.arange(size * size), size)
     while True:
@@ -229,7 +228,7 @@ def random_maze(size, p, rng, held_out):
         starts = list(moves)[1:]  # the first is the goal
         detours = [state for state in starts if moves[state] - straight[state] >= 4]
         if detours:
-            if held_out and rng.random() < 0.5:
+            if rng.random() < hard:
                 starts = detours
             tiles[starts[rng.integers(len(starts))]] = "S"
             return as_rows(tiles, size)
@@ -252,10 +251,14 @@ def is_held_out(desc):
     return hashlib.sha256(f"S{board[1:]}".encode()).digest()[0] % 8 == 0
 
 
-def draw_map(scenario, rng, held_out=False):
-    """A random map of the scenario, from the training maps or from the held-out ones."""
-    draw = random_maze if scenario.maze else random_map
-    return draw(scenario.size, scenario.p, rng, held_out)
+def draw_map(scenario, rng, held_out=False, hard=0.5):
+    """A random map of the scenario, from the training maps or from the held-out ones.
+
+    hard: the share of mazes that must start where they need a detour.
+    """
+    if scenario.maze:
+        return random_maze(scenario.size, scenario.p, rng, held_out, hard)
+    return random_map(scenario.size, scenario.p, rng, held_out)
 
 
 @functools.cache

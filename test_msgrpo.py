@@ -344,9 +344,9 @@ def test_distances_go_around_holes():
     assert 2 not in moves and 15 not in moves
 
 
-@pytest.mark.parametrize("held_out, low, high", [(False, 0.1, 0.4), (True, 0.5, 0.75)])
-def test_mazes_need_detours(held_out, low, high):
-    """Of at least four moves: some training mazes, half of the held-out ones and some more of them.
+@pytest.mark.parametrize("hard, low, high", [(0, 0.1, 0.4), (0.5, 0.5, 0.75), (1, 1, 1)])
+def test_mazes_need_detours(hard, low, high):
+    """Of at least four moves: some of all mazes, or those that must and some more.
 
     No side is preferred.
     """
@@ -354,7 +354,7 @@ def test_mazes_need_detours(held_out, low, high):
     longer = []
     turned = []
     for _ in range(400):
-        desc = frozenlake.draw_map(SCENARIOS["maze"], rng, held_out)
+        desc = frozenlake.draw_map(SCENARIOS["maze"], rng, hard=hard)
         tiles = "".join(desc)
         start = divmod(tiles.index("S"), 4)
         goal = divmod(tiles.index("G"), 4)
@@ -1226,10 +1226,19 @@ def an_update(tokens, value):
     return means | {"tokens": tokens, "trained": 1}
 
 
+def test_mazes_start_where_they_are_hard_in_the_second_half_of_a_run(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(frozenlake, "draw_map", lambda scenario, rng, hard: drawn.append(hard))
+    settings = tiny_settings(groups=1, iterations=10, replay=0)
+    for iteration in (1, 5, 6, 10):
+        train.choose_maps(settings, [], iteration, np.random.default_rng(0))
+    assert drawn == [0, 0, 0.5, 0.5]
+
+
 def test_the_books_of_an_iteration(monkeypatch):
     """Three groups of two episodes, each on a row of ice: all can be said by hand."""
     maps = iter([["SG"], ["SH"]])
-    monkeypatch.setattr(frozenlake, "draw_map", lambda scenario, rng: next(maps))
+    monkeypatch.setattr(frozenlake, "draw_map", lambda scenario, rng, hard: next(maps))
     monkeypatch.setattr(train, "learn", lambda *args: [an_update(2, 1.0), an_update(6, 5.0)])
     first_round = ["right", "right", "right", "left", "right", "right"]  # SFG SFG SG SG SH SH
     second_round = ["right", "right", "left"]  # SFG SFG SG
@@ -1648,8 +1657,8 @@ def iterations(warm, tmp_path_factory):
             seen.append(SimpleNamespace(maps=maps, luck=luck, episodes=episodes, updates=[]))
         return episodes
 
-    def accumulating(policy, episodes, *options):
-        statistics = accumulate(policy, episodes, *options)
+    def accumulating(policy, episodes, *options, can_stop):
+        statistics = accumulate(policy, episodes, *options, can_stop)
         seen[-1].updates.append((episodes, statistics))
         return statistics
 
@@ -2186,7 +2195,7 @@ def test_a_frozen_lake_is_learned(warm, tmp_path, monkeypatch):
     """All of train.py on one map, where a random player has .02."""
     draw_map = frozenlake.draw_map
 
-    def draw_one(scenario, rng, held_out=False):
+    def draw_one(scenario, rng, held_out=False, hard=0.5):
         if held_out:
             return draw_map(scenario, rng, held_out=True)
         return ["SFFF", "FFFF", "FFFF", "FFFG"]
