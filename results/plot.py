@@ -143,9 +143,10 @@ def draw(runs, levels, x_key, out):
         dots = {"ms": 4, "mec": "white", "mew": 0.6, "clip_on": False, "zorder": 5}
         panel.plot(x, run.unseen(), "o", color=f"C{i}", **dots)
         ends.append(np.nan_to_num(success[-1]))
-    for i, height in enumerate(spread(ends)):
-        look = {"color": f"C{i}", "va": "center"}
-        panel.text(1.01, height, runs[i].name, look, transform=panel.get_yaxis_transform())
+    if len(runs) <= 20:  # there is no room for more names
+        for i, height in enumerate(spread(ends)):
+            look = {"color": f"C{i}", "va": "center"}
+            panel.text(1.01, height, runs[i].name, look, transform=panel.get_yaxis_transform())
     panel.set_title(title(runs), loc="left", fontweight="bold")
     panel.set_xlabel(f"{X_LABELS[x_key]}\n{CAPTION}")
     panel.set_ylabel("success")
