@@ -485,12 +485,12 @@ def pick(parts, order):
 class Tree:
     """Texts, in which what begins alike is run once.
 
-        texts        I A B, I A C, I D
-        ids          I A B C D            one long row of nodes: tokens with all that is before them
-        positions    0 1 2 2 1
-        slots        0 1 2, 0 1 3, 0 4    where each text's nodes stand in the row
-        groups       0 | 1 2, 4 | 3       what attends together: what begins all texts (the
-                                          instructions), texts that are new, and the ends of others
+        texts        I A B C, I A B D, I E
+        ids          I A B C D E              one long row of nodes: tokens with all before them
+        positions    0 1 2 3 3 1
+        slots        0 1 2 3, 0 1 2 4, 0 5    where each text's nodes stand in the row
+        groups       0 | 1 2 3, 5 | 4         what attends together: what begins all texts (the
+                                              instructions), new texts, and the ends of others
 
     Only attention takes the texts apart: it gathers each one's nodes, and a node that several texts
     share takes the result of one of them.
@@ -1395,7 +1395,8 @@ def config_json(model, tokenizer):
     """config.json's bytes in the older dialect, which all libraries read. Other keys that came with
     the model are kept."""
     ends = tokenizer.end_ids if tokenizer else ()
-    raw = {"bos_token_id": None, "eos_token_id": min(ends, default=None)}  # else 1, 2
+    # Where they are absent, transformers takes 1 and 2
+    raw = {"bos_token_id": None, "eos_token_id": min(ends, default=None)}
     raw |= json.loads(model.files.get("config.json", b"{}"))
     raw |= dataclasses.asdict(model.config)
     raw["architectures"] = [f"{model.config.model_type.title()}ForCausalLM"]

@@ -642,6 +642,15 @@ def test_a_sample_of_chunks_is_that_of_one_cumulative_sum(size):
     assert (cumulative[rows, drawn] > uniforms - 1e-5).all()
 
 
+def test_the_drawing_of_a_tree():
+    """The one in its docstring: I A B C, I A B D, I E."""
+    tree = lm.Tree([(9, 1, 2, 3), (9, 1, 2, 4), (9, 5)], "cpu")
+    assert tree.ids.tolist() == [[9, 1, 2, 3, 4, 5]]
+    assert tree.positions.tolist() == [[0, 1, 2, 3, 3, 1]]
+    groups = [nodes.tolist() for nodes, _ in tree.groups]
+    assert groups == [[[0]], [[1, 2, 3], [5, 0, 0]], [[4]]]
+
+
 def test_texts_that_begin_alike_are_run_once():
     """Nodes: what begins all texts, then each text's own, where they are new."""
     tree = lm.Tree([(7, 8, 1, 2, 3), (7, 8, 1, 2, 4), (7, 8, 5), (7, 8, 1, 2, 3)], "cpu")

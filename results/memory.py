@@ -22,6 +22,7 @@ the layers that are gathered for a pass.
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -70,7 +71,8 @@ def rollout(c, args, episodes):
 
 def update(c, args):
     """Peak bytes of a forward and a backward pass, beyond the gradients."""
-    at_most = -(-args.micro_batch_tokens // (args.state + args.new))  # the last one may stand out
+    # Rounded up: the answer that fills a micro-batch still belongs to it
+    at_most = math.ceil(args.micro_batch_tokens / (args.state + args.new))
     rows = min(at_most, args.update_episodes * args.steps)
     read = args.state + args.new - 1  # tokens of a row; an answer's last one is not read
     tokens = args.shared + rows * read
