@@ -38,7 +38,9 @@ SCENARIOS = {  # the first three are the later public configuration of the paper
     "slippery": Scenario(size=4, p=0.9, success_rate=1 / 3, max_steps=15),
     "bigslippery": Scenario(size=6, p=0.9, success_rate=1 / 3, max_steps=15),
     "big": Scenario(size=6, p=0.8, success_rate=1.0, max_steps=20),  # ours
-    "maze": Scenario(size=4, p=0.7, success_rate=1.0, max_steps=20, maze=True),  # ours
+    # Ours. Ways are up to 10 moves long. With many steps to spare, a policy would learn to dither,
+    # and walk in circles when it is greedy
+    "maze": Scenario(size=4, p=0.7, success_rate=1.0, max_steps=12, maze=True),
 }
 
 
@@ -209,11 +211,11 @@ def random_map(size, p, rng, held_out=None):
     raise ValueError(f"no solvable map of size {size} in 100,000 draws at p {p}: raise p")
 
 
-def random_maze(size, p, rng, held_out, hard):
+def random_maze(size, p, rng, held_out):
     """A board some of whose tiles need a detour; start and goal are anywhere (ours).
 
-    From such a tile the way to the goal is at least four moves longer than without holes. A share
-    `hard` of the mazes must start on one of them, the others on any tile that leads to the goal.
+    From such a tile the way to the goal is at least four moves longer than without holes. Half of
+    the mazes must start on one of them, the others on any tile that leads to the goal.
     """
     row, column = np.divmod(np.arange(size * size), size)
     while True:
@@ -228,7 +230,7 @@ def random_maze(size, p, rng, held_out, hard):
         starts = list(moves)[1:]  # the first is the goal
         detours = [state for state in starts if moves[state] - straight[state] >= 4]
         if detours:
-            if rng.random() < hard:
+            if rng.random() < 0.5:
                 starts = detours
             tiles[starts[rng.integers(len(starts))]] = "S"
             return as_rows(tiles, size)
@@ -251,13 +253,10 @@ def is_held_out(desc):
     return hashlib.sha256(f"S{board[1:]}".encode()).digest()[0] % 8 == 0
 
 
-def draw_map(scenario, rng, held_out=False, hard=0.5):
-    """A random map of the scenario, from the training maps or from the held-out ones.
-
-    hard: the share of mazes that must start where they need a detour.
-    """
+def draw_map(scenario, rng, held_out=False):
+    """A random map of the scenario, from the training maps or from the held-out ones."""
     if scenario.maze:
-        return random_maze(scenario.size, scenario.p, rng, held_out, hard)
+        return random_maze(scenario.size, scenario.p, rng, held_out)
     return random_map(scenario.size, scenario.p, rng, held_out)
 
 

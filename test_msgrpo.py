@@ -344,25 +344,25 @@ def test_distances_go_around_holes():
     assert 2 not in moves and 15 not in moves
 
 
-@pytest.mark.parametrize("hard, low, high", [(0, 0.1, 0.4), (0.5, 0.5, 0.75), (1, 1, 1)])
-def test_mazes_need_detours(hard, low, high):
-    """Of at least four moves: some of all mazes, or those that must and some more.
-
-    No side is preferred.
-    """
+def test_mazes_need_detours():
+    """Of at least four moves: half of the mazes must, and some of the others do. No side is
+    preferred, and every maze can be crossed in time, though not with many steps to spare."""
     rng = np.random.default_rng(0)
+    moves = []
     longer = []
     turned = []
     for _ in range(400):
-        desc = frozenlake.draw_map(SCENARIOS["maze"], rng, hard=hard)
+        desc = frozenlake.draw_map(SCENARIOS["maze"], rng)
         tiles = "".join(desc)
         start = divmod(tiles.index("S"), 4)
         goal = divmod(tiles.index("G"), 4)
         straight = abs(start[0] - goal[0]) + abs(start[1] - goal[1])
-        longer.append(frozenlake.distances(desc)[tiles.index("S")] - straight)
+        moves.append(frozenlake.distances(desc)[tiles.index("S")])
+        longer.append(moves[-1] - straight)
         turned.append(start < goal)
         assert tiles.count("S") == tiles.count("G") == 1
-    assert low <= np.mean(np.array(longer) >= 4) <= high
+    assert 0.5 <= np.mean(np.array(longer) >= 4) <= 0.75
+    assert max(moves) == 10 < SCENARIOS["maze"].max_steps <= 12
     assert near(sum(turned), 400, 0.5)
 
 
@@ -1172,15 +1172,17 @@ def test_updates_end_where_the_policy_has_gone_too_far():
 
 
 @pytest.mark.parametrize(
-    "valid, alike, reason",
+    "valid, alike, refused, reason",
     [
-        (0.0, 1.0, "no answer named an action"),
-        (0.5, 1.0, "earned the same"),
-        (0.5, 0.9, "--max-gap"),
+        (0.0, 1.0, 0, "no answer named an action"),
+        (0.5, 1.0, 0, "earned the same"),
+        (0.5, 0.9, 0, "--max-gap"),
+        (0.5, 0.9, 1, "not finite"),
     ],
 )
-def test_advice_names_the_reason(valid, alike, reason):
-    assert reason in train.advice({"valid": valid, "zero_variance_groups": alike})
+def test_advice_names_the_reason(valid, alike, refused, reason):
+    metrics = {"valid": valid, "zero_variance_groups": alike, "refused_updates": refused}
+    assert reason in train.advice(metrics)
 
 
 def test_the_learning_rate_rises_then_falls():
@@ -1235,19 +1237,10 @@ def an_update(tokens, value):
     return means | {"tokens": tokens, "trained": 1}
 
 
-def test_mazes_start_where_they_are_hard_in_the_second_half_of_a_run(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(frozenlake, "draw_map", lambda scenario, rng, hard: drawn.append(hard))
-    settings = tiny_settings(groups=1, iterations=10, replay=0)
-    for iteration in (1, 5, 6, 10):
-        train.choose_maps(settings, [], iteration, np.random.default_rng(0))
-    assert drawn == [0, 0, 0.5, 0.5]
-
-
 def test_the_books_of_an_iteration(monkeypatch):
     """Three groups of two episodes, each on a row of ice: all can be said by hand."""
     maps = iter([["SG"], ["SH"]])
-    monkeypatch.setattr(frozenlake, "draw_map", lambda scenario, rng, hard: next(maps))
+    monkeypatch.setattr(frozenlake, "draw_map", lambda scenario, rng: next(maps))
     monkeypatch.setattr(train, "learn", lambda *args: [an_update(2, 1.0), an_update(6, 5.0)])
     first_round = ["right", "right", "right", "left", "right", "right"]  # SFG SFG SG SG SH SH
     second_round = ["right", "right", "left"]  # SFG SFG SG
@@ -2204,7 +2197,7 @@ def test_a_frozen_lake_is_learned(warm, tmp_path, monkeypatch):
     """All of train.py on one map, where a random player has .02."""
     draw_map = frozenlake.draw_map
 
-    def draw_one(scenario, rng, held_out=False, hard=0.5):
+    def draw_one(scenario, rng, held_out=False):
         if held_out:
             return draw_map(scenario, rng, held_out=True)
         return ["SFFF", "FFFF", "FFFF", "FFFG"]

@@ -159,7 +159,7 @@ def iterate(player, trainee, learner, iteration, replay_pool):
     rng = generator(s.seed, iteration, 0)
 
     # 1. Play groups of episodes, each group on one map
-    maps, replayed, remaining = choose_maps(s, replay_pool, iteration, rng)
+    maps, replayed, remaining = choose_maps(s, replay_pool, rng)
     games = [
         s.lake(desc, s.seed, iteration, group, episode)
         for group, desc in enumerate(maps)
@@ -339,18 +339,16 @@ def accumulate_gradient(trainee, episodes, s, entropy_coef, can_stop):
     return means | {"tokens": found[0]["tokens"]}
 
 
-def choose_maps(s, replay_pool, iteration, rng):
+def choose_maps(s, replay_pool, rng):
     """A map for each group, how many of them are replayed, and what remains of the pool.
 
-    Ours: up to `replay` of the groups return to maps of the pool. They come first. New mazes start
-    anywhere in the first half of a run, so that a beginner wins at times; then as held-out ones do.
+    Ours: up to `replay` of the groups return to maps of the pool. They come first.
     """
-    hard = 0.0 if iteration <= s.iterations / 2 else 0.5
     remaining = list(replay_pool)
     replayed = min(len(remaining), round(s.replay * s.groups))
     maps = [remaining.pop(rng.integers(len(remaining))) for _ in range(replayed)]
     while len(maps) < s.groups:
-        maps.append(frozenlake.draw_map(SCENARIOS[s.scenario], rng, hard=hard))
+        maps.append(frozenlake.draw_map(SCENARIOS[s.scenario], rng))
     return maps, replayed, remaining
 
 
@@ -874,6 +872,8 @@ def advice(m):
     if m["valid"] == 0:
         reason = "no answer named an action. See what it says by --play. "
         return reason + "Try more --max-new-tokens, --think, another --temperature"
+    if m["refused_updates"]:
+        return "a gradient was not finite, and was not used: give a lower --learning-rate"
     if m["zero_variance_groups"] < 1:
         reason = "log ratios were above --max-gap before the first update: give a larger one"
         return reason + ", unless your own rule of credit paid nothing"
