@@ -215,7 +215,7 @@ def random_maze(size, p, rng, held_out):
     """A board some of whose tiles need a detour; start and goal are anywhere (ours).
 
     From such a tile the way to the goal is at least four moves longer than without holes. Half of
-    the mazes must start on one of them, the others on any tile that leads to the goal.
+    the held-out mazes must start on one, all others on any tile that leads to the goal.
     """
     row, column = np.divmod(np.arange(size * size), size)
     while True:
@@ -230,7 +230,7 @@ def random_maze(size, p, rng, held_out):
         starts = list(moves)[1:]  # the first is the goal
         detours = [state for state in starts if moves[state] - straight[state] >= 4]
         if detours:
-            if rng.random() < 0.5:
+            if held_out and rng.random() < 0.5:
                 starts = detours
             tiles[starts[rng.integers(len(starts))]] = "S"
             return as_rows(tiles, size)

@@ -1,0 +1,50 @@
+"""How a model that learned a game without slips loses: in a hole, or for want of steps.
+
+    python train.py --tiny --scenario maze ... --out runs/maze
+    python results/circles.py runs/maze
+
+It plays 1,000 held-out lakes of the run's scenario twice: greedily, and by samples at the
+temperature of training. A greedy player makes the same move each time it comes to a state: one that
+falls into no hole and does not arrive walks in circles, or into a wall.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train  # before torch, whose threads it sets
+
+import numpy as np
+
+import frozenlake
+import msgrpo
+
+LAKES = 1000
+
+
+def outcomes(learner, greedy):
+    """Shares of the held-out lakes: won, lost in a hole, lost for want of steps."""
+    s = learner.settings
+    scenario = frozenlake.SCENARIOS[s.scenario]
+    rng = train.generator(0)
+    maps = [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(LAKES)]
+    lakes = [s.lake(desc, 0, i, scenario=s.scenario) for i, desc in enumerate(maps)]
+    msgrpo.play(learner.player(lakes[0].instructions), lakes, greedy)
+    tiles = [lake.tiles[lake.state] for lake in lakes]
+    return [np.mean([tile in ends for tile in tiles]) for ends in ("G", "H", "SF")]
+
+
+def main():
+    print(f"{'':32s}   won  hole  time")
+    for folder in map(Path, sys.argv[1:]):
+        settings = train.read_settings("eval", folder, {})
+        model, tokenizer, _ = train.load_model("eval", folder, settings)
+        learner = train.Learner(settings, model, tokenizer)
+        for name, greedy in (("greedy", True), ("sampled", False)):
+            shares = outcomes(learner, greedy)
+            print(f"{folder.name:20s} {name:11s}" + "".join(f"{share:6.3f}" for share in shares))
+
+
+if __name__ == "__main__":
+    main()
