@@ -1466,6 +1466,14 @@ def test_a_run_leaves_its_settings(warm):
     assert all(settings[key] == train.TINY[key] for key in untouched)
 
 
+def test_harder_lakes_bring_settings_which_a_flag_overrides():
+    found = train.read_settings("tiny", Path("none"), {"scenario": "maze", "iterations": 5})
+    assert (found.scenario, found.iterations, found.layers) == ("maze", 5, 4)
+    assert found.groups == train.TINY["groups"]
+    pretrained = train.read_settings("checkpoint", Path("none"), {"scenario": "maze"})
+    assert (pretrained.iterations, pretrained.groups) == (700, 2)
+
+
 def test_defaults_follow_the_device_that_is_given(monkeypatch):
     """Not the one that the machine has."""
     monkeypatch.setattr(lm, "bfloat16_is_fast", lambda kind: kind == "cuda")
@@ -3025,3 +3033,23 @@ def test_the_smollm2_scripts_agent_scores_what_it_says(tmp_path):
     [metrics] = read_metrics(tmp_path / "run")
     assert metrics["updates"] == 1 and metrics["trained_tokens"] == metrics["generated_tokens"]
     assert metrics["logprob_gap"] < 1e-5
+
+
+@pytest.mark.parametrize("word", ["left", "right"])
+def test_circles_tells_holes_from_want_of_steps(word, monkeypatch):
+    """Along the first row one falls into its first hole, or runs against the border."""
+    script = load_script("circles")
+    drawn = []
+    draw_map = frozenlake.draw_map
+
+    def watch(scenario, rng, held_out):
+        drawn.append(draw_map(scenario, rng, held_out))
+        return drawn[-1]
+
+    monkeypatch.setattr(script, "LAKES", 40)
+    monkeypatch.setattr(frozenlake, "draw_map", watch)
+    policy = ByRule(lambda text: word)
+    learner = SimpleNamespace(settings=tiny_settings(), player=lambda instructions: policy)
+    found = script.outcomes(learner, greedy=True)
+    holes = np.mean(["H" in desc[0] for desc in drawn]) if word == "right" else 0
+    assert found == pytest.approx([0, holes, 1 - holes])

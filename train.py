@@ -632,6 +632,24 @@ TINY = dict(  # what differs for a model that is born here, and why
     threads=1,  # as fast as two where the machine is quiet, and faster beside other work
 )
 
+HARDER = {  # what differs further where a tiny model learns these lakes; results/tiny/maze.md
+    "big": dict(iterations=300, update_episodes=32, entropy_floor=0.5),
+    "maze": dict(iterations=1400, layers=4),
+    "slippery": dict(
+        iterations=2200,
+        groups=32,
+        group_size=32,  # luck decides most episodes
+        normalize_std=True,
+        imagine=0,
+        sampling="all",
+        update_episodes=256,
+        entropy_floor=0.6,
+        learning_rate=1.5e-3,
+        final_rate=0.02,
+        replay=0.0,
+    ),
+}
+
 
 # Where text is cut into the tiny model's tokens: a line of prose with the newlines behind it, as
 # attention to constants costs time; an action with the tag before it; any other tag; two cells of a
@@ -1013,6 +1031,7 @@ TAKES = {  # settings that a mode takes; all others go with --tiny and --checkpo
 
 
 EPILOG = """[paper]: from the paper's abstract. [author]: from its first author's later trainer.
+Defaults of tiny are for --tiny; those of big, maze and slippery for --tiny --scenario NAME.
 
 metrics.jsonl has a line per iteration:
 
@@ -1074,8 +1093,11 @@ def make_parser():
             group = parser.add_argument_group(SECTIONS[f.name])
         if f.name == "checkpoint":
             continue  # a mode
-        tiny = f", tiny {TINY[f.name]}" if f.name in TINY else ""
-        text = f"{f.metadata['help']} (default {getattr(defaults, f.name)}{tiny})"
+        text = f"{f.metadata['help']} (default {getattr(defaults, f.name)}"
+        for name, values in {"tiny": TINY, **HARDER}.items():
+            if f.name in values:
+                text += f", {name} {values[f.name]}"
+        text += ")"
         flag = f"--{f.name.replace('_', '-')}"
         if f.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
@@ -1141,7 +1163,7 @@ def read_settings(mode, folder, given):
         lm.ensure(
             not settings.think, "--think is for --checkpoint: the tiny model has no words for it"
         )
-        values = TINY | given
+        values = TINY | HARDER.get(settings.scenario, {}) | given
         return replace(settings, **values)
     if mode == "checkpoint":
         lm.ensure("layers" not in given, "--layers goes with --tiny: a checkpoint has its own")

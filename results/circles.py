@@ -1,6 +1,6 @@
 """How a model that learned a game without slips loses: in a hole, or for want of steps.
 
-    python train.py --tiny --scenario maze ... --out runs/maze
+    python train.py --tiny --scenario maze --out runs/maze
     python results/circles.py runs/maze
 
 It plays 1,000 held-out lakes of the run's scenario twice: greedily, and by samples at the

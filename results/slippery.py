@@ -1,6 +1,6 @@
 """Where a model that learned slippery ice errs: beside holes, or away from them?
 
-    python train.py --tiny --scenario slippery ... --out runs/ice
+    python train.py --tiny --scenario slippery --out runs/ice
     python results/slippery.py runs/ice
 
 The model's greedy moves are read once for each state of 1,000 held-out lakes and of 1,000 training
