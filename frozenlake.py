@@ -38,8 +38,8 @@ SCENARIOS = {  # the first three are the later public configuration of the paper
     "slippery": Scenario(size=4, p=0.9, success_rate=1 / 3, max_steps=15),
     "bigslippery": Scenario(size=6, p=0.9, success_rate=1 / 3, max_steps=15),
     "big": Scenario(size=6, p=0.8, success_rate=1.0, max_steps=20),  # ours
-    # Ours. No way is longer than 10 moves. With many steps to spare, a policy learns to dither, and
-    # walks in circles when it is greedy
+    # Ours. No way is longer than 10 moves. With many steps to spare, policies learned to dither,
+    # and walked in circles when greedy: results/tiny/maze.md
     "maze": Scenario(size=4, p=0.7, success_rate=1.0, max_steps=12, maze=True),
 }
 

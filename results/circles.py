@@ -4,8 +4,9 @@
     python results/circles.py runs/maze
 
 It plays 1,000 held-out lakes of the run's scenario twice: greedily, and by samples at the
-temperature of training. A greedy player makes the same move each time it comes to a state: one that
-falls into no hole and does not arrive walks in circles, or into a wall.
+temperature of training. `time`: the steps were used up. A greedy player makes the same move each
+time it comes to a state. One who visits it again therefore walks in circles, or into a wall, to the
+end; where there are more steps than tiles, that is all that `time` can be.
 """
 
 import sys

@@ -21,7 +21,6 @@ import train  # before torch, whose threads it sets
 import numpy as np
 
 import frozenlake
-import model as lm
 
 
 def worths(lake, values):
@@ -124,10 +123,11 @@ def main():
     held_out, _, _ = train.evaluation_maps(scenario, 1000)
     rng = train.generator(5)
     training = [frozenlake.draw_map(scenario, rng) for _ in range(1000)]
-    model, tokenizer, _ = train.load_model("eval", args.run, None)
+    settings = train.read_settings("eval", args.run, {})
+    model, tokenizer, _ = train.load_model("eval", args.run, settings)
     rules = (scenario.success_rate, scenario.max_steps)
     instructions = frozenlake.FrozenLake(held_out[0], *rules).instructions
-    agent = lm.LanguageAgent(model, tokenizer, instructions, max_new_tokens=3)
+    agent = train.Learner(settings, model, tokenizer).player(instructions)
 
     sides = {"held out": held_out, "training": training}
     found = {side: read(agent, Counter(map(tuple, maps))) for side, maps in sides.items()}
