@@ -611,7 +611,7 @@ def shard(model, dtype, device):
 
 
 TINY = dict(  # what differs for a model that is born here, and why
-    iterations=150,
+    iterations=160,
     groups=64,  # many maps, few episodes of each
     group_size=8,
     update_episodes=64,
