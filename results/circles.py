@@ -3,10 +3,10 @@
     python train.py --tiny --scenario maze --out runs/maze
     python results/circles.py runs/maze
 
-It plays 1,000 held-out lakes of the run's scenario twice: greedily, and by samples at the
-temperature of training. `time`: the steps were used up. A greedy player makes the same move each
-time it comes to a state. One who visits it again therefore walks in circles, or into a wall, to the
-end; where there are more steps than tiles, that is all that `time` can be.
+It plays the held-out lakes of an evaluation twice: greedily, and by samples at the temperature of
+training. `time`: the steps were used up. A greedy player makes the same move each time it comes to
+a state. One who visits it again therefore walks in circles, or into a wall, to the end; where there
+are more steps than tiles, that is all that `time` can be.
 """
 
 import sys
@@ -28,12 +28,11 @@ def outcomes(learner, greedy):
     """Shares of the held-out lakes: won, lost in a hole, lost for want of steps."""
     s = learner.settings
     scenario = frozenlake.SCENARIOS[s.scenario]
-    rng = train.generator(0)
-    maps = [frozenlake.draw_map(scenario, rng, held_out=True) for _ in range(LAKES)]
+    maps, weights, _ = train.evaluation_maps(scenario, LAKES)
     lakes = [s.lake(desc, 0, i, scenario=s.scenario) for i, desc in enumerate(maps)]
     msgrpo.play(learner.player(lakes[0].instructions), lakes, greedy)
     tiles = [lake.tiles[lake.state] for lake in lakes]
-    return [np.mean([tile in ends for tile in tiles]) for ends in ("G", "H", "SF")]
+    return [weights @ np.isin(tiles, list(ends)) for ends in ("G", "H", "SF")]
 
 
 def main():
