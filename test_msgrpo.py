@@ -1170,6 +1170,9 @@ def test_updates_end_where_the_policy_has_gone_too_far():
     assert updates[0]["logprob_gap"] == pytest.approx(0.1, abs=1e-4)
     assert updates[0]["grad_norm"] > 0
     assert all(weight.grad is None for weight in learner.master.parameters())
+    learner.settings.max_gap = 0.0  # never
+    updates = train.learn(learner.trainee("go"), learner, episodes, [1, 2, 3], rate=1e-6)
+    assert [update["trained"] for update in updates] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
