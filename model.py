@@ -454,13 +454,13 @@ class LanguageAgent:
         pairs, rows = unique([(answer.prompt, answer.response) for answer in answers])
         # texts     p0 p1 p2 r0 r1    prompt and response, but for the last token
         # targets   -1 -1 r0 r1 r2    what is predicted behind each token; -1 does not count
-        texts = [prompt + response[:-1] for prompt, response in pairs]
+        texts, text_of = unique([prompt + response[:-1] for prompt, response in pairs])
         targets = [(-1,) * (len(prompt) - 1) + response for prompt, response in pairs]
-        targets = torch.tensor(pad(targets, -1), device=self.device)  # (texts, longest)
+        targets = torch.tensor(pad(targets, -1), device=self.device)  # (pairs, longest)
         tree = Tree(texts, self.device)
         x = self.model.hidden(tree.ids, tree.positions, tree)
         is_response = targets >= 0
-        x = x[0, tree.slots[is_response]]  # (response tokens, width)
+        x = x[0, tree.slots[text_of][is_response]]  # (response tokens, width)
         logprobs, entropies = self.model.token_logprobs(
             x, targets[is_response], self.tokenizer.size, self.temperature
         )

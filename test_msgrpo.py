@@ -928,12 +928,12 @@ def golden_agent(name):
 @pytest.mark.parametrize("recompute", ["nothing", "parts", "layers"])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_scores_are_those_of_whole_texts(name, recompute, monkeypatch):
-    """Shared instructions, padding, equal answers: in value and gradient."""
+    """Shared instructions, padding, equal answers, ends that differ: in value and gradient."""
     agent = golden_agent(name)
-    responses = [(1, 2, 3), (4,), (1, 2, 3), (0, 24, 7, 7), (1, 5, 0), (8, 9)]
+    responses = [(1, 2, 3), (4,), (1, 2, 3), (0, 24, 7, 7), (1, 5, 0), (8, 9), (1, 2, 6), (5,)]
     answers = [
         Answer(GOLDEN_PROMPTS[state], response)
-        for state, response in zip("abacab", responses, strict=True)
+        for state, response in zip("abacabab", responses, strict=True)
     ]
 
     def with_gradient(logprobs, entropies):
@@ -3036,6 +3036,40 @@ def test_the_smollm2_scripts_agent_scores_what_it_says(tmp_path):
     [metrics] = read_metrics(tmp_path / "run")
     assert metrics["updates"] == 1 and metrics["trained_tokens"] == metrics["generated_tokens"]
     assert metrics["logprob_gap"] < 1e-5
+
+
+def test_the_smollm2_scripts_agent_runs_a_state_once_until_weights_change(monkeypatch):
+    script = load_script("smollm2")
+    tokenizer = load_chat("smollm2")
+    model = lm.Transformer(dataclasses.replace(CONFIG, vocab_size=tokenizer.size))
+    agent = script.WordAgent(model, tokenizer, "Cross.", 1.0, 1)
+    runs = []
+    read_prompts = agent.read_prompts
+    monkeypatch.setattr(
+        agent, "read_prompts", lambda prompts: runs.append(len(prompts)) or read_prompts(prompts)
+    )
+    uniforms = np.random.default_rng(0).random((3, 1))
+    first = agent.act(["P _", "_ P", "P _"], uniforms)
+    assert agent.act(["P _", "_ P", "P _"], uniforms) == first
+    agent.act(["P G"], uniforms[:1])
+    assert runs == [2, 1]
+
+    agent.score(first)[0].sum().backward()
+    torch.optim.AdamW(model.parameters(), fused=True).step()
+    second = agent.act(["P _"], uniforms[:1])
+    assert runs == [2, 1, 1]
+    assert second[0].logprobs == pytest.approx(agent.score(second)[0].tolist())
+
+
+@pytest.mark.parametrize("text, valid", [("right", True), ("Right", False), (" right", False)])
+def test_the_smollm2_scripts_moves_have_one_spelling(text, valid, monkeypatch):
+    script = load_script("smollm2")
+    tokenizer = load_chat("smollm2")
+    model = lm.Transformer(dataclasses.replace(CONFIG, vocab_size=tokenizer.size))
+    agent = script.WordAgent(model, tokenizer, "Cross.", 1.0, 1)
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: text)
+    [answer] = agent.act(["P _"], None)
+    assert (frozenlake.parse_action(answer.text) is not None) == valid
 
 
 @pytest.mark.parametrize("word", ["left", "right"])

@@ -24,11 +24,12 @@ import train  # before torch, whose threads it sets
 import torch
 
 import model as lm
+from frozenlake import ACTIONS
 from msgrpo import Answer
 
 EXAMPLES = [("P___ _O_O ___O O__G", "down"), ("_O__ _P__ _O__ ___G", "right")]  # none is held out
 FLAGS = """--iterations 100 --groups 128 --group-size 8 --replay .25 --update-episodes 128
-    --no-normalize-std --imagine 1 --learning-rate 1e-4 --final-rate .1 --max-gap .5
+    --no-normalize-std --imagine 8 --learning-rate 1e-4 --final-rate .1 --max-gap .5
     --entropy-floor .3 --invalid-penalty .5 --temperature 1 --max-new-tokens 1 --max-steps 12
     --micro-batch-tokens 8192 --checkpoint-every 10 --eval-episodes 503 --threads 1""".split()
 OPEN = "<action>"
@@ -48,6 +49,8 @@ class WordAgent(lm.LanguageAgent):
         self.encode = lru_cache(65536)(
             lambda state: tuple(tokenizer.encode_chat(self.chat(instructions, state)))
         )
+        self.known = {}  # prompt: the log-probabilities of its word
+        self.fingerprint = None  # of the weights they are from
 
     def chat(self, instructions, state):
         """The examples as turns of a chat, the state, and the tag that opens the answer."""
@@ -61,11 +64,13 @@ class WordAgent(lm.LanguageAgent):
         messages.append({"role": "user", "content": state})
         return self.tokenizer.render(messages, add_generation_prompt=True) + OPEN
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, observations, uniforms):
         prompts = [self.encode(state) for state in observations]
         distinct, rows = lm.unique(prompts)
-        table, _ = self.read_prompts(distinct)
+        if uniforms is None:  # evaluation asks once, and about many states
+            self.known.clear()
+        table = self.tables(distinct)
         rows = torch.tensor(rows, device=table.device)
         if uniforms is not None:
             uniforms = torch.tensor(uniforms[:, 0], dtype=table.dtype, device=table.device)
@@ -73,9 +78,22 @@ class WordAgent(lm.LanguageAgent):
         logprobs = table[rows, tokens]
         answers = []
         for prompt, token, logprob in zip(prompts, tokens.tolist(), logprobs.tolist()):
-            text = OPEN + self.tokenizer.decode((token,)) + CLOSE
+            word = self.tokenizer.decode((token,))
+            # As other spellings are no moves, the entropy of answers is that of moves
+            text = OPEN + word + CLOSE if word in ACTIONS else word
             answers.append(Answer(prompt, (token,), [logprob], text))
         return answers
+
+    def tables(self, prompts):
+        """Log-probabilities of the word, (prompts, size). While weights stay, each is run once."""
+        fingerprint = self.model.head_weight().sum(dtype=torch.float64).item()
+        if fingerprint != self.fingerprint:  # weights were updated
+            self.fingerprint = fingerprint
+            self.known.clear()
+        new = [prompt for prompt in prompts if prompt not in self.known]
+        if new:
+            self.known.update(zip(new, self.read_prompts(new)[0]))
+        return torch.stack([self.known[prompt] for prompt in prompts])
 
 
 if __name__ == "__main__":
