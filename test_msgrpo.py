@@ -1518,10 +1518,11 @@ def test_the_warm_up_teaches_to_speak_not_to_play(warm):
 
 def test_a_run_leaves_a_model_that_knows_where_an_answer_ends(warm):
     _, tokenizer = lm.load_pretrained(warm / "model")
-    assert [tokenizer.decode([i]) for i in tokenizer.end_ids] == ["</action>"]
+    ends = {tokenizer.decode([i]) for i in tokenizer.end_ids}
+    assert ends == {f"<action>{word}</action>" for word in ACTIONS}
 
 
-@pytest.mark.parametrize("what", ["{warm}", "{warm}/model --max-new-tokens 2"])
+@pytest.mark.parametrize("what", ["{warm}", "{warm}/model --max-new-tokens 1"])
 def test_a_run_and_its_model_are_evaluated_alike(what, warm, capsys):
     line = what.format(warm=warm)
     assert command(f"--eval {line} --eval-episodes 20 {CPU}") == 0
@@ -2358,7 +2359,7 @@ def edit(path, **changes):
 
 def small_model():
     texts = ["<action>", "left", " left", "P", " _", "\n", " G", " é", "</action>"]
-    tokenizer = lm.tiny_tokenizer(texts, "</action>", r"<?/?\w+>?| ?\w+|\s")
+    tokenizer = lm.tiny_tokenizer(texts, ["</action>"], r"<?/?\w+>?| ?\w+|\s")
     torch.manual_seed(0)
     config = lm.Config("llama", tokenizer.size, 16, 24, 1, 2, 1, 8, tie_word_embeddings=True)
     return lm.Transformer(config), tokenizer
@@ -2823,7 +2824,7 @@ def test_tiny_tokenizer_and_save(tmp_path):
 
 def test_tiny_prompt_is_plain_text():
     texts = ["Go left.\n\n", "P _\n", "<action>left</action>"]
-    tokenizer = lm.tiny_tokenizer(texts, "</action>", train.TINY_PIECES)
+    tokenizer = lm.tiny_tokenizer(texts, texts[2:], train.TINY_PIECES)
     ids = tokenizer.prompt("Go left.\n\nP _\nP _")
     tokens = [tokenizer.decode([i]) for i in ids]
     assert tokens == ["Go left.\n\n", "P _\n", "P _\n"]

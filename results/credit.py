@@ -122,7 +122,7 @@ TUNED_ON = {"key 5": "key 10", "slippery": "lake", "cost": "lake"}
 
 
 def tokenizer():
-    return lm.tiny_tokenizer(texts(), "</action>", PIECES)
+    return lm.tiny_tokenizer(texts(), ["</action>"], PIECES)
 
 
 def make_model(seed, words):
