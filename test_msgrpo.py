@@ -3062,17 +3062,6 @@ def test_the_smollm2_scripts_agent_runs_a_state_once_until_weights_change(monkey
     assert second[0].logprobs == pytest.approx(agent.score(second)[0].tolist())
 
 
-@pytest.mark.parametrize("text, valid", [("right", True), ("Right", False), (" right", False)])
-def test_the_smollm2_scripts_moves_have_one_spelling(text, valid, monkeypatch):
-    script = load_script("smollm2")
-    tokenizer = load_chat("smollm2")
-    model = lm.Transformer(dataclasses.replace(CONFIG, vocab_size=tokenizer.size))
-    agent = script.WordAgent(model, tokenizer, "Cross.", 1.0, 1)
-    monkeypatch.setattr(tokenizer, "decode", lambda ids: text)
-    [answer] = agent.act(["P _"], None)
-    assert (frozenlake.parse_action(answer.text) is not None) == valid
-
-
 @pytest.mark.parametrize("word", ["left", "right"])
 def test_circles_tells_holes_from_want_of_steps(word, monkeypatch):
     """Along the first row one falls into its first hole, or runs against the border."""

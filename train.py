@@ -633,7 +633,9 @@ TINY = dict(  # what differs for a model that is born here, and why
 )
 
 HARDER = {  # what differs further where a tiny model learns these lakes; results/tiny/maze.md
-    "big": dict(iterations=300, learning_rate=2e-3, update_episodes=32, entropy_floor=1.0),
+    "big": dict(
+        iterations=300, learning_rate=2e-3, update_episodes=32, entropy_floor=1.0, imagine=0
+    ),
     "maze": dict(iterations=1400, learning_rate=2e-3, layers=4),
     "slippery": dict(
         iterations=2200,

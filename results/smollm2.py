@@ -24,12 +24,11 @@ import train  # before torch, whose threads it sets
 import torch
 
 import model as lm
-from frozenlake import ACTIONS
 from msgrpo import Answer
 
 EXAMPLES = [("P___ _O_O ___O O__G", "down"), ("_O__ _P__ _O__ ___G", "right")]  # none is held out
 FLAGS = """--iterations 100 --groups 128 --group-size 8 --replay .25 --update-episodes 128
-    --no-normalize-std --imagine 8 --learning-rate 1e-4 --final-rate .1 --max-gap .5
+    --no-normalize-std --imagine 1 --learning-rate 1e-4 --final-rate .1 --max-gap .5
     --entropy-floor .3 --invalid-penalty .5 --temperature 1 --max-new-tokens 1 --max-steps 12
     --micro-batch-tokens 8192 --checkpoint-every 10 --eval-episodes 503 --threads 1""".split()
 OPEN = "<action>"
@@ -78,9 +77,7 @@ class WordAgent(lm.LanguageAgent):
         logprobs = table[rows, tokens]
         answers = []
         for prompt, token, logprob in zip(prompts, tokens.tolist(), logprobs.tolist()):
-            word = self.tokenizer.decode((token,))
-            # As other spellings are no moves, the entropy of answers is that of moves
-            text = OPEN + word + CLOSE if word in ACTIONS else word
+            text = OPEN + self.tokenizer.decode((token,)) + CLOSE
             answers.append(Answer(prompt, (token,), [logprob], text))
         return answers
 
