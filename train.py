@@ -620,7 +620,7 @@ TINY = dict(  # what differs for a model that is born here, and why
     entropy_floor=0.5,  # keeps groups mixed
     replay=0.25,  # late in training, most new groups are all alike and teach nothing
     invalid_penalty=0.5,  # keeps the answers' form
-    learning_rate=1.5e-3,  # at 2e-3, two runs lost their answers' form and never won again
+    learning_rate=1.5e-3,
     final_rate=0.05,
     grad_clip=0.2,  # gradients grow tenfold when the model begins to look at the map
     temperature=1.0,
@@ -661,8 +661,8 @@ TINY_PIECES = r"[A-Z][a-z][^\n]*\n*|<action>\w+</action>| ?[A-Z_] [A-Z_]\n?|\w+|
 def tiny_start(s):
     """A new tiny model and its tokenizer, whose words are the game's.
 
-    Two cells are one token, and so is an answer: few tokens take less time, and a tag of its own
-    after each action was lost now and then, as updates about the move shift it.
+    Two cells are one token, as few tokens take less time. So is an answer: of two tokens, the
+    second is certain, and updates that are about the first can shift it until most are invalid.
     """
     pairs = [" ".join(cells) for cells in itertools.product("P_OG", repeat=2)]
     texts = [f"{pair} {pair} {pair}\n" for pair in pairs]  # where a row begins, goes on, ends
