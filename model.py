@@ -567,7 +567,7 @@ def bfloat16_is_fast(device):
     """Whether passes in bfloat16 are worth it.
 
     On a CPU they are with AMX. Without it half of float32's rate was measured (results/bench*), or,
-    where AVX-512 has bfloat16, 1.6 times as much (results/smollm2): too little to lose precision.
+    where AVX-512 has bfloat16, 1.6 times as much (results/smollm2): too little for what it loses.
     """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1397,7 +1397,7 @@ def config_json(model, tokenizer):
     the model are kept."""
     ends = sorted(tokenizer.end_ids) if tokenizer else []
     # Where they are absent, transformers takes 1 and 2
-    raw = {"bos_token_id": None, "eos_token_id": ends or None}
+    raw = {"bos_token_id": None, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
     raw |= json.loads(model.files.get("config.json", b"{}"))
     raw |= dataclasses.asdict(model.config)
     raw["architectures"] = [f"{model.config.model_type.title()}ForCausalLM"]

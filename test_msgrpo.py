@@ -953,6 +953,18 @@ def test_scores_are_those_of_whole_texts(name, recompute, monkeypatch):
     assert bool(again) == (recompute != "nothing")
 
 
+def test_answers_that_differ_in_their_last_token_attend_once(monkeypatch):
+    agent = golden_agent("qwen3")
+    make_tree = lm.Tree
+    made = []
+    monkeypatch.setattr(
+        lm, "Tree", lambda texts, device: made.append(texts) or make_tree(texts, device)
+    )
+    prompt = GOLDEN_PROMPTS["a"]
+    agent.score([Answer(prompt, response) for response in [(1, 2), (1, 3), (1, 2), (4,)]])
+    assert made == [[(*prompt, 1), prompt]]
+
+
 @pytest.mark.parametrize("states", [["c", "other"], ["a"], ["b", "b"]])
 def test_texts_may_begin_with_nothing_or_all_in_common(states):
     """With nothing, padding, which is 0, is the number of a token as well."""
@@ -2819,6 +2831,8 @@ def test_tiny_tokenizer_and_save(tmp_path):
     ids = torch.tensor([tokenizer.encode(text)])
     assert back.json == tokenizer.json
     assert [tokenizer.decode([i]) for i in back.end_ids] == ["</action>"]
+    # several are a list; some libraries read none where one will do
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == min(back.end_ids)
     assert torch.equal(again(ids), model(ids)) and back.decode(ids[0].tolist()) == text
 
 
@@ -3060,6 +3074,10 @@ def test_the_smollm2_scripts_agent_runs_a_state_once_until_weights_change(monkey
     second = agent.act(["P _"], uniforms[:1])
     assert runs == [2, 1, 1]
     assert second[0].logprobs == pytest.approx(agent.score(second)[0].tolist())
+
+    agent.act(["P _", "_ P"], None)  # of an evaluation's many states, no more than a batch is kept
+    agent.act(["P G"], None)
+    assert len(agent.known) == 1
 
 
 @pytest.mark.parametrize("word", ["left", "right"])

@@ -9,7 +9,7 @@ state, as turns of the model's own chat, and the answer's tags are given: the mo
 between them, any one token of its vocabulary. A training episode has 12 steps, not 8, so that
 random play wins now and then. All else is train.py; flags that are given replace FLAGS.
 
-Two seconds an iteration on an H100 beside four others, some three minutes on a CPU core. The
+Two seconds an iteration on an H100 beside four others, some minutes on a CPU core. The
 figures of five seeds are in results/smollm2/README.md.
 """
 
@@ -38,8 +38,8 @@ CLOSE = "</action>"
 class WordAgent(lm.LanguageAgent):
     """A LanguageAgent that reads two examples and says the one word between the answer's tags.
 
-    So all that can be said in a state is one row of log-probabilities: a round costs what its
-    different states cost, however many episodes are in them.
+    So all that can be said in a state is one row of log-probabilities: an iteration's play costs
+    what its different states cost, however many episodes are in them, and for how many rounds.
     """
 
     def __init__(self, model, tokenizer, instructions, *settings):
