@@ -1396,8 +1396,8 @@ def config_json(model, tokenizer):
     """config.json's bytes in the older dialect, which all libraries read. Other keys that came with
     the model are kept."""
     ends = sorted(tokenizer.end_ids) if tokenizer else []
-    # Where they are absent, transformers takes 1 and 2
-    raw = {"bos_token_id": None, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    eos = ends if len(ends) > 1 else min(ends, default=None)
+    raw = {"bos_token_id": None, "eos_token_id": eos}  # if absent, transformers takes 1 and 2
     raw |= json.loads(model.files.get("config.json", b"{}"))
     raw |= dataclasses.asdict(model.config)
     raw["architectures"] = [f"{model.config.model_type.title()}ForCausalLM"]
