@@ -88,7 +88,6 @@ class Settings:
     keep: float = setting(0.5, "Draw this share of the episodes, by aaw and uniform", 1e-9, 1)
     update_episodes: int = setting(16, "Take about X drawn episodes in an optimiser step", 1)
     clip: float = setting(0.2, "Clip where the ratio leaves 1 - X to 1 + X [author]")
-    max_gap: float = setting(0.0, "End an iteration's updates at a mean |log ratio| of X; 0: never")
     entropy_coef: float = setting(0.001, "Weigh the entropy bonus by X, per token in nats [author]")
     entropy_floor: float = setting(0.0, "Raise that weight by what the entropy lacks to X nats")
     learning_rate: float = setting(1e-6, "Learn at rate X, after a ramp of ten iterations [author]")
@@ -196,11 +195,7 @@ def iterate(player, trainee, learner, iteration, replay_pool):
 
 
 def learn(trainee, learner, episodes, drawn, rate):
-    """Optimiser steps on the drawn episodes, about `update_episodes` each; returns a dict per step.
-
-    Ours, where `max_gap` is given: once the mean |log ratio| to the policy that played is above it,
-    that gradient is thrown away, and the iteration has no more updates.
-    """
+    """Optimiser steps on the drawn episodes, about `update_episodes` each; a dict for each."""
     s = learner.settings
     if not drawn:
         return []
@@ -213,9 +208,6 @@ def learn(trainee, learner, episodes, drawn, rate):
             continue  # nothing to learn from
         # An iteration without an update can still be given up
         update = accumulate_gradient(trainee, of_part, s, bonus, can_stop=not updates)
-        if s.max_gap and update["logprob_gap"] > s.max_gap:
-            learner.optimizer.zero_grad()
-            break
         update["grad_norm"] = learner.update(rate)
         update["trained"] = len(with_credit)
         updates.append(update)
@@ -896,7 +888,7 @@ def advice(m):
     if m["refused_updates"]:
         return "a gradient was not finite, and was not used: give a lower --learning-rate"
     if m["zero_variance_groups"] < 1:
-        return "no drawn episode was paid anything, or --max-gap was passed before an update"
+        return "no drawn episode was paid anything"
     reason = "all episodes of each group earned the same: there is nothing to compare. "
     return reason + "Try a larger --group-size, more --groups, a higher --temperature, --max-steps"
 

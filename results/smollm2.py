@@ -28,7 +28,7 @@ from msgrpo import Answer
 
 EXAMPLES = [("P___ _O_O ___O O__G", "down"), ("_O__ _P__ _O__ ___G", "right")]  # none is held out
 FLAGS = """--iterations 100 --groups 128 --group-size 8 --replay .25 --update-episodes 128
-    --no-normalize-std --imagine 1 --learning-rate 1e-4 --final-rate .1 --max-gap .5
+    --no-normalize-std --imagine 1 --learning-rate 1e-4 --final-rate .1
     --entropy-floor .3 --invalid-penalty .5 --temperature 1 --max-new-tokens 1 --max-steps 12
     --micro-batch-tokens 8192 --checkpoint-every 10 --eval-episodes 503 --threads 1""".split()
 OPEN = "<action>"
