@@ -217,7 +217,6 @@ def random_maze(size, p, rng, held_out):
     From such a tile the way to the goal is at least four moves longer than without holes. Half of
     the held-out mazes must start on one, all others on any tile that leads to the goal.
     """
-    row, column = np.divmod(np.arange(size * size), size)
     while True:
         tiles = np.where(rng.random(size * size) < p, "F", "H")
         goal = rng.integers(size * size)
@@ -225,8 +224,8 @@ def random_maze(size, p, rng, held_out):
         board = as_rows(tiles, size)
         if is_held_out(board) != held_out:
             continue
-        straight = (abs(row - row[goal]) + abs(column - column[goal])).tolist()
         moves = distances(board)
+        straight = distances([line.replace("H", "F") for line in board])
         starts = list(moves)[1:]  # the first is the goal
         detours = [state for state in starts if moves[state] - straight[state] >= 4]
         if detours:
