@@ -344,5 +344,5 @@ def walkable(lakes, sight):
     found = tiles != "H"
     for _ in range(sight - 1):
         onward = (nearer & found[:, lakes[0].neighbours]).any(1)
-        found = (tiles == "G") | (tiles != "H") & onward
+        found &= (tiles == "G") | onward
     return found
