@@ -371,7 +371,7 @@ def learning_rate(s, iteration):
 
 
 class Stopped(Exception):
-    """An iteration is given up before its first update. It will be played again."""
+    """Training ends after an iteration, or before its first update: it will be played again."""
 
 
 def stop_if(asked):
@@ -838,31 +838,29 @@ def train(learner, out, state):
     say(LEGEND)
     gc.freeze()  # modules and the model stay: looking for garbage among them takes time
     with INTERRUPTS:
-        for iteration in range(len(history) + 1, s.iterations + 1):
-            try:
-                stop_if(INTERRUPTS.asked)
+        try:
+            for iteration in range(len(history) + 1, s.iterations + 1):
                 STATUS.doing(f"iteration {iteration}")
                 began = time.perf_counter()
                 metrics = iterate(player, trainee, learner, iteration, state["replay_pool"])
-            except Stopped:
-                save_state(out, state, learner)
-                break
-            tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
-            metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
-            if s.eval_every and iteration % s.eval_every == 0:
-                metrics["unseen_success"] = evaluate(learner, s.scenario)["success"]
-            metrics["seconds"] = time.perf_counter() - clock
-            metrics["iteration"] = iteration
-            metrics["learning_rate"] = learning_rate(s, iteration)
-            ends = [*ends[-10:], metrics["seconds"]]
-            history.append(to_json(metrics) + "\n")
-            write(out / "metrics.jsonl", "".join(history))
-            say(progress_line(metrics, s.iterations, ends))
-            check_learning(history)
-            if iteration % s.checkpoint_every == 0 or iteration == s.iterations:
-                save_state(out, state, learner)
-        if any(gather([INTERRUPTS.asked])):
-            raise KeyboardInterrupt(f"go on by --resume {shlex.quote(str(out))}")
+                tokens = metrics["generated_tokens"] + metrics["trained_tokens"]
+                metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
+                if s.eval_every and iteration % s.eval_every == 0:
+                    metrics["unseen_success"] = evaluate(learner, s.scenario)["success"]
+                metrics["seconds"] = time.perf_counter() - clock
+                metrics["iteration"] = iteration
+                metrics["learning_rate"] = learning_rate(s, iteration)
+                ends = [*ends[-10:], metrics["seconds"]]
+                history.append(to_json(metrics) + "\n")
+                write(out / "metrics.jsonl", "".join(history))
+                say(progress_line(metrics, s.iterations, ends))
+                check_learning(history)
+                if iteration % s.checkpoint_every == 0 or iteration == s.iterations:
+                    save_state(out, state, learner)
+                stop_if(INTERRUPTS.asked)
+        except Stopped:
+            save_state(out, state, learner)
+            raise KeyboardInterrupt(f"go on by --resume {shlex.quote(str(out))}") from None
     finish(learner, out, state, clock)
 
 
