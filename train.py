@@ -25,7 +25,6 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 
 IMPORTED = threading.Event()
@@ -230,8 +229,7 @@ def evaluate(learner, name, greedy=True, limit=None):
     policy = learner.player(lakes[0].instructions)
     if greedy:
         policy = Remembering(policy)
-    after_round = partial(STATUS.detail, "playing")
-    episodes = gather(msgrpo.play(policy, share(lakes), greedy, after_round))
+    episodes = gather(msgrpo.play(policy, share(lakes), greedy, STATUS.detail))
     success = np.array([episode[-1].success for episode in episodes], float)
     mean = float(weights @ success)
     figures = {
@@ -287,7 +285,7 @@ def play_share(player, games):
     """This process's share of the episodes. Raises Stopped on all processes if one is asked to."""
 
     def after_round(done, total):
-        STATUS.detail("playing", done, total)
+        STATUS.detail(done, total)
         if INTERRUPTS.asked:
             raise Stopped
 
@@ -319,7 +317,7 @@ def accumulate_gradient(trainee, episodes, s, entropy_coef, can_stop):
     def passes(scored, budget):
         mine = share_passes(scored, budget)
         for i, one in enumerate(mine):
-            STATUS.detail("learning", i, len(mine))
+            STATUS.detail(i, len(mine), "learning")
             stop_if(can_stop and INTERRUPTS.asked)
             yield one
 
@@ -449,7 +447,7 @@ class Status:
         self.more = ""
         self.since = time.perf_counter()
 
-    def detail(self, what, done, total):
+    def detail(self, done, total, what="playing"):
         self.more = f", {what}: {done} of {total} done"
 
 
@@ -691,7 +689,7 @@ def warm_up(trainee, learner):
     s = learner.settings
     STATUS.doing("warming up")
     for i in range(s.warmup_steps):
-        STATUS.detail("steps", i, s.warmup_steps)
+        STATUS.detail(i, s.warmup_steps, "steps")
         rng = generator(s.seed, i)
         texts = []
         for _ in range(64):
