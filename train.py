@@ -24,7 +24,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 IMPORTED = threading.Event()
@@ -1153,11 +1153,11 @@ def read_settings(mode, folder, given):
         lm.ensure(
             not settings.think, "--think is for --checkpoint: the tiny model has no words for it"
         )
-        values = TINY | HARDER.get(settings.scenario, {}) | given
-        return replace(settings, **values)
+        return Settings(**TINY | HARDER.get(settings.scenario, {}) | given)
     if mode == "checkpoint":
         lm.ensure("layers" not in given, "--layers goes with --tiny: a checkpoint has its own")
-        return replace(settings, checkpoint=str(folder.resolve()))
+        settings.checkpoint = str(folder.resolve())
+        return settings
     if path.exists():
         with lm.blaming(path):
             return checked(Settings(**lm.parse_json(path.read_bytes()) | given))
@@ -1174,14 +1174,13 @@ def load_model(mode, folder, settings):
     if mode == "tiny":
         return *tiny_start(settings), None
     is_run = (folder / "settings.json").exists()
-    state = None
-    weights = None
+    state = {}
     if is_run and (folder / "state.pt").exists():
         with lm.blaming(folder / "state.pt"):
             state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
             parts = {"weights", "moments", "before", "replay_pool", "history"}
             lm.ensure(state.keys() == parts, "it was written by another version of train.py")
-            weights = state.pop("weights")
+    weights = state.pop("weights", None)
     model_folder = folder / "model" if is_run else folder
     has_model = not is_run or weights or (model_folder / "model.safetensors").exists()
     lm.ensure(has_model, f"{folder} was stopped before its first state: --resume it")
@@ -1192,9 +1191,9 @@ def load_model(mode, folder, settings):
 
 def resume(learner, out, state, given):
     """Go on with a run, and keep the settings that were given."""
-    made = len(state["history"]) if state else 0
-    lm.ensure(made <= learner.settings.iterations, f"{out} has made {made} iterations already")
     if state is not None:
+        made = len(state["history"])
+        lm.ensure(made <= learner.settings.iterations, f"{out} has made {made} iterations already")
         with lm.blaming(out / "state.pt"):
             learner.load_moments(state.pop("moments"))
     if given:
