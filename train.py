@@ -494,9 +494,9 @@ class Learner:
         self.assign_credit = assign_credit
         self.dtype = getattr(torch, s.dtype)
         torch.set_num_threads(s.threads)
+        model.model.recompute = s.recompute
         with lm.blaming(f"--device {s.device}"):  # such as cuda:9
             self.place(model)
-        self.trainee_model().model.recompute = s.recompute
         weights = self.master.parameters()
         self.optimizer = torch.optim.AdamW(
             weights, betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -517,16 +517,13 @@ class Learner:
             for low, weight in zip(self.model.parameters(), self.master.parameters()):
                 hand_on_gradient(low, weight)
 
-    def trainee_model(self):
-        return self.master if WORLD > 1 else self.model
-
     def player(self, instructions):
         """The policy that plays, which reads these instructions before every state."""
         return self.agent(self.model, instructions)
 
     def trainee(self, instructions):
         """The policy whose log-probabilities have gradients."""
-        return self.agent(self.trainee_model(), instructions)
+        return self.agent(self.master if WORLD > 1 else self.model, instructions)
 
     def agent(self, model, instructions):
         s = self.settings
@@ -536,7 +533,7 @@ class Learner:
     def update(self, rate):
         """A step of AdamW on the gradients; returns their norm. Not finite, it changes nothing."""
         norm = torch.nn.utils.clip_grad_norm_(self.master.parameters(), self.settings.grad_clip)
-        if hasattr(norm, "full_tensor"):  # of several processes
+        if WORLD > 1:
             norm = norm.full_tensor()
         norm = norm.item()
         if np.isfinite(norm):
