@@ -137,9 +137,9 @@ class Settings:
         max_steps = rules.max_steps
         if scenario is None and self.max_steps:
             max_steps = self.max_steps
-        penalty = self.invalid_penalty
-        rng = generator(*key)
-        return FrozenLake(desc, rules.success_rate, max_steps, rng, penalty, self.think)
+        return FrozenLake(
+            desc, rules.success_rate, max_steps, generator(*key), self.invalid_penalty, self.think
+        )
 
 
 def generator(*key):
@@ -454,12 +454,12 @@ class Status:
 STATUS = Status()
 
 
-def say(*words):
+def say(line):
     """Print a line, in the place of the status line."""
     if STATUS.is_terminal:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     try:
-        print(*words, flush=True)
+        print(line, flush=True)
     except BrokenPipeError:  # the `tee` of `train.py | tee log` has ended, by Ctrl-C perhaps
         # Nobody reads what is printed from now on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
