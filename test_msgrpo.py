@@ -1980,7 +1980,7 @@ def at_call(patch, module, name, number, act):
     "module, name, number, act, flags",
     [
         (msgrpo, "episode_advantages", 1, kill, ""),  # before there is any state
-        (msgrpo, "play", 1, kill, "--warmup-steps 3"),  # behind the warm-up, which is kept
+        (msgrpo, "play", 1, kill, "--warmup-steps 3"),  # behind the warm-up, which is done again
         (torch, "save", 2, write_half_and_kill, ""),
         (lm, "write_safetensors", 1, kill, ""),
         (msgrpo, "episode_advantages", 4, kill, "--dtype bfloat16 --replay 0.5"),

@@ -823,9 +823,7 @@ def train(learner, out, state):
     player = learner.player(lake.instructions)
     trainee = learner.trainee(lake.instructions)
     if state is None:
-        state = begin(learner, trainee, out)
-    if state["before"] is None:
-        state["before"] = measure_before(learner, lake)
+        state = begin(learner, trainee, lake, out)
     history = state["history"]  # the lines of metrics.jsonl
     if history:
         clock -= json.loads(history[-1])["seconds"]
@@ -886,15 +884,12 @@ def advice(m):
     return reason + "Try a larger --group-size, more --groups, a higher --temperature, --max-steps"
 
 
-def begin(learner, trainee, out):
-    """The state before the first iteration. A warm-up is kept at once."""
-    state = {"before": None, "replay_pool": [], "history": []}
+def begin(learner, trainee, lake, out):
+    """The state before the first iteration, behind the warm-up."""
     if RANK == 0:
         lm.save_small_files(out / "model", learner.master, learner.tokenizer)
-    if learner.settings.warmup_steps:
-        warm_up(trainee, learner)
-        save_state(out, state, learner)
-    return state
+    warm_up(trainee, learner)
+    return {"before": measure_before(learner, lake), "replay_pool": [], "history": []}
 
 
 def measure_before(learner, lake):
