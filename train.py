@@ -384,18 +384,18 @@ class Interrupts:
     torchrun kills its processes after 30 s: where saving takes longer, the last saved state stays.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
     asked = False
     active = False
 
     def __enter__(self):
         self.asked = False
         self.active = True
-        self.before = [signal.signal(number, self.ask) for number in self.signals]
+        both = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.ask) for number in both}
 
     def __exit__(self, *_):
         self.active = False
-        for number, handler in zip(self.signals, self.before):
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def ask(self, *_):
@@ -1231,12 +1231,12 @@ def join_processes(device):
     lm.ensure(both, "of RANK and WORLD_SIZE, which torchrun sets, only one is in the environment")
     if WORLD == 1:
         return
-    kind = device.split(":")[0]
-    if kind == "cuda":
+    backend = "gloo"
+    if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl"
     # The default is half an hour; one process may write a large state while the others wait
     timeout = 4 * torch.distributed.constants.default_pg_timeout
-    backend = "nccl" if kind == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=timeout)
 
 
