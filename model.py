@@ -1143,7 +1143,7 @@ class Tokenizer:
         self.added = {name: i for name, i in names.items() if i < rows}
         control = {token["content"] for token in added if token.get("special")}
         self.special = {name: i for name, i in self.added.items() if name in control}
-        self.find_added = re.compile(any_of(self.added))
+        self.around_added = re.compile(f"({any_of(self.added)})")  # its split keeps them
         self.begin_of_special = re.compile(f"(?={any_of(self.special)}).", re.DOTALL)
         return ids
 
@@ -1184,12 +1184,12 @@ class Tokenizer:
     def encode_chat(self, text):
         """Ids of a chat: what names an added token is that token."""
         ids = []
-        end = 0
-        for match in self.find_added.finditer(text):
-            ids += self.encode_pieces(text[end : match.start()])
-            ids.append(self.added[match[0]])
-            end = match.end()
-        return ids + self.encode_pieces(text[end:])
+        for part in self.around_added.split(text):
+            if part in self.added:
+                ids.append(self.added[part])
+            else:
+                ids += self.encode_pieces(part)
+        return ids
 
     def encode(self, text):
         """Ids of text; what spells a control token is text like any other."""
