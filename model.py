@@ -828,10 +828,6 @@ def each_key_once(pairs):
     return found
 
 
-def no_number(text):
-    raise BadInput(f"{text} is no JSON")
-
-
 def read_header(file, size):
     """{name: entry} of a safetensors file of this size in bytes, and where its data begin."""
     first = file.read(8)
@@ -840,9 +836,9 @@ def read_header(file, size):
     start = 8 + length
     fits = start <= size and length <= LARGEST_HEADER
     ensure(fits, f"a header of {length} bytes is too long for a file of {size}")
-    strict = {"object_pairs_hook": each_key_once, "parse_constant": no_number}
-    header = parse_json(file.read(length), **strict)
-    json.dumps(header, ensure_ascii=False).encode()  # raises on names that are no valid Unicode
+    header = parse_json(file.read(length), object_pairs_hook=each_key_once)
+    # Raises on NaN and on names that are no valid Unicode
+    json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
     metadata = header.pop("__metadata__", None)
     texts = metadata is None or all(isinstance(value, str) for value in metadata.values())
     ensure(texts, "__metadata__ does not map to strings")
