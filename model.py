@@ -732,7 +732,7 @@ SUPPORTED = {  # where a key is given, its value must be one of these
 
 
 def config_keys(data):
-    """{key: value} of a config.json, in one dialect, with transformers' defaults.
+    """{key: value} of a config.json, in one dialect.
 
     transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood at the
     top. A key with null is as good as absent, but for qwen3's `head_dim`.
@@ -742,23 +742,7 @@ def config_keys(data):
         raw.setdefault("head_dim", 128)
     for rope in ("rope_parameters", "rope_scaling"):
         raw.update(raw.get(rope) or {})
-    raw = {key: value for key, value in raw.items() if value is not None}
-    heads = raw["num_attention_heads"]
-    check_number("num_attention_heads", heads, int)  # before it divides
-    raw.setdefault("num_key_value_heads", heads)
-    raw.setdefault("head_dim", raw["hidden_size"] // heads)
-    if raw["model_type"] == "qwen2":
-        raw["attention_bias"] = False  # its q, k and v have biases whatever the key says
-    return raw
-
-
-def check_number(key, value, kind):
-    """Refuses a value of a config's key that is not of its kind."""
-    if kind is bool:
-        ensure(type(value) is bool, f"{key} is {value!r:.99}, not true or false")
-    elif kind in (int, float):
-        good = type(value) in (int, kind) and 0 < value < 1e15  # to isinstance, True is an int
-        ensure(good, f"{key} is {value!r:.99}, not a positive number that fits")
+    return {key: value for key, value in raw.items() if value is not None}
 
 
 def check_config(raw):
@@ -766,28 +750,40 @@ def check_config(raw):
     for key, values in SUPPORTED.items():
         good = key not in raw or raw[key] in values
         ensure(good, f"{key} {raw.get(key)!r:.99} is not supported (of this key: {values})")
-    kinds = set(raw.get("layer_types", []))
-    ensure(kinds <= {"full_attention"}, f"layer_types {kinds!r:.99} are not supported")
+    layers = set(raw.get("layer_types", []))
+    ensure(layers <= {"full_attention"}, f"layer_types {layers!r:.99} are not supported")
     kinds = {f.name: f.type for f in dataclasses.fields(Config)} | dict.fromkeys(LLAMA3_ROPE, float)
     for key, value in raw.items():
-        check_number(key, value, kinds.get(key))
-    ensure(raw["num_hidden_layers"] <= 1000, "num_hidden_layers is above 1000")
-    rest = raw["num_attention_heads"] % raw["num_key_value_heads"]
-    ensure(rest == 0, "num_key_value_heads does not divide num_attention_heads")
-    ensure(raw["head_dim"] % 2 == 0, "head_dim is odd: it cannot be rotated in halves")
+        kind = kinds.get(key)
+        if kind is bool:
+            ensure(type(value) is bool, f"{key} is {value!r:.99}, not true or false")
+        elif kind in (int, float):
+            good = type(value) in (int, kind) and 0 < value < 1e15  # to isinstance, True is an int
+            ensure(good, f"{key} is {value!r:.99}, not a positive number that fits")
 
 
 def parse_config(data):
-    """Config of config.json's bytes. Call it inside `blaming`."""
+    """Config of config.json's bytes, with transformers' defaults. Call it inside `blaming`."""
     raw = config_keys(data)
     check_config(raw)
+    heads = raw["num_attention_heads"]
+    raw.setdefault("num_key_value_heads", heads)
+    raw.setdefault("head_dim", raw["hidden_size"] // heads)
+    if raw["model_type"] == "qwen2":
+        raw["attention_bias"] = False  # its q, k and v have biases whatever the key says
     scaling = None
     if "llama3" in (raw.get("rope_type"), raw.get("type")):
         scaling = {"rope_type": "llama3"} | {key: raw[key] for key in LLAMA3_ROPE}
         rising = raw["low_freq_factor"] < raw["high_freq_factor"]
         ensure(rising, "high_freq_factor is not above low_freq_factor")
     given = {f.name: raw[f.name] for f in dataclasses.fields(Config) if f.name in raw}
-    return Config(**given | {"rope_scaling": scaling})
+    config = Config(**given | {"rope_scaling": scaling})
+    ensure(config.num_hidden_layers <= 1000, "num_hidden_layers is above 1000")
+    rest = config.num_attention_heads % config.num_key_value_heads
+    ensure(rest == 0, "num_key_value_heads does not divide num_attention_heads")
+    even = config.head_dim > 0 and config.head_dim % 2 == 0
+    ensure(even, "head_dim is odd or 0: it cannot be rotated in halves")
+    return config
 
 
 def end_token_ids(data):
