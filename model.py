@@ -1332,23 +1332,6 @@ def untie(config, tensors):
     return dataclasses.replace(config, tie_word_embeddings=False)
 
 
-def empty_model(directory, config, tensors, named):
-    """A Transformer without memory of its own, for these tensors. Raises where they do not fit;
-    those go that neither the model nor the folder's index names."""
-    with blaming(directory / "config.json"), torch.device("meta"):
-        model = Transformer(config)
-    weights = model.state_dict()
-    for name in tensors.keys() - weights.keys():
-        # The buffer is in old Llama files.
-        if name not in named or name.endswith("rotary_emb.inv_freq"):
-            del tensors[name]
-    found = {(name, tuple(x.shape), x.is_floating_point()) for name, x in tensors.items()}
-    wanted = {(name, tuple(x.shape), True) for name, x in weights.items()}
-    differ = sorted(found ^ wanted)
-    ensure(not differ, f"{directory}: (name, shape, float) of files and model: {differ!r:.199}")
-    return model
-
-
 def load_pretrained(directory, dtype=torch.float32, weights=None):
     """(Transformer in dtype, Tokenizer or None) of a Hugging Face directory.
 
@@ -1374,12 +1357,19 @@ def load_pretrained(directory, dtype=torch.float32, weights=None):
         tensors = dict(weights)
         named = set(weights)
     config = untie(config, tensors)
-    model = empty_model(directory, config, tensors, named)
-    for name in tensors:
-        tensors[name] = tensors[name].to(dtype)
-        low, high = tensors[name].aminmax()  # without a copy; both are NaN where one number is
+    with blaming(directory / "config.json"), torch.device("meta"):  # which takes no memory
+        model = Transformer(config)
+    for name in tensors.keys() - model.state_dict().keys():
+        # The buffer is in old Llama files.
+        if name not in named or name.endswith("rotary_emb.inv_freq"):
+            del tensors[name]
+    with blaming(directory):
+        model.load_state_dict(tensors, assign=True)
+    tensors.clear()  # the model alone holds a tensor, which goes when it is converted
+    model.to(dtype)
+    for name, weight in model.named_parameters():
+        low, high = weight.aminmax()  # without a copy; both are NaN where one number is
         ensure(low.isfinite() and high.isfinite(), f"{directory}: {name} is not finite")
-    model.load_state_dict(tensors, assign=True)
     model.files = files
     return model, tokenizer
 
