@@ -278,8 +278,7 @@ class Cache:
         keys = self.keys_values[0][0]
         slots = torch.arange(self.size, device=keys.device)
         is_later = slots > self.positions[:, None]  # (rows, slots)
-        mask = torch.zeros(is_later.shape, dtype=keys.dtype, device=keys.device)
-        mask = mask.masked_fill(is_later, -torch.inf)
+        mask = keys.new_zeros(is_later.shape).masked_fill(is_later, -torch.inf)
         self.mask = mask.repeat_interleave(keys.shape[1], 0)[:, None, None]
 
     def attend(self, layer, q, k, v):
