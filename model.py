@@ -435,16 +435,11 @@ class LanguageAgent:
 
     def answers(self, prompts, tokens, logprobs):
         """Answers of the sampled tokens, whose rows end in -1 where the answer ended earlier."""
-
-        @lru_cache  # many responses are equal
-        def read(row):
-            response = tuple(token for token in row if token >= 0)
-            truncated = response[-1] not in self.tokenizer.end_ids
-            return response, self.tokenizer.decode(response), truncated
-
         answers = []
         for prompt, row, row_logprobs in zip(prompts, tokens, logprobs):
-            response, text, truncated = read(tuple(row))
+            response = tuple(token for token in row if token >= 0)
+            text = self.tokenizer.decode(response)
+            truncated = response[-1] not in self.tokenizer.end_ids
             answers.append(Answer(prompt, response, row_logprobs[: len(response)], text, truncated))
         return answers
 
