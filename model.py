@@ -666,9 +666,10 @@ def blaming(path):
     names it."""
     try:
         yield
+    except (OSError, KeyboardInterrupt, SystemExit):
+        raise
     except BaseException as error:  # a panic of tiktoken's is no Exception
-        theirs = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        if not theirs or isinstance(error, OSError) or out_of_memory(error):
+        if out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:500]
         if type(error) not in (ValueError, BadInput):
