@@ -1355,7 +1355,7 @@ def load_pretrained(directory, dtype=torch.float32, weights=None):
     with blaming(directory / "config.json"), torch.device("meta"):  # which takes no memory
         model = Transformer(config)
     for name in tensors.keys() - model.state_dict().keys():
-        # The buffer is in old Llama files.
+        # What neither the model nor the index names; and a buffer of old Llama files.
         if name not in named or name.endswith("rotary_emb.inv_freq"):
             del tensors[name]
     with blaming(directory):
