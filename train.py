@@ -603,6 +603,7 @@ TINY = dict(  # what differs for a model that is born here, and why
     group_size=8,
     update_episodes=64,
     normalize_std=False,  # the std blows up groups that are nearly all alike
+    imagine=8,  # groups that always fail would teach nothing
     entropy_floor=0.5,  # keeps groups mixed
     replay=0.25,  # late in training, most new groups are all alike and teach nothing
     invalid_penalty=0.5,  # keeps the answers' form
@@ -619,13 +620,16 @@ TINY = dict(  # what differs for a model that is born here, and why
 )
 
 HARDER = {  # what differs further where a tiny model learns these lakes; results/tiny/maze.md
-    "big": dict(iterations=300, learning_rate=2e-3, update_episodes=32, entropy_floor=1.0),
+    "big": dict(
+        iterations=300, learning_rate=2e-3, update_episodes=32, entropy_floor=1.0, imagine=0
+    ),
     "maze": dict(iterations=1400, learning_rate=2e-3, layers=4),
     "slippery": dict(
         iterations=2200,
         groups=32,
         group_size=32,  # luck decides most episodes
         normalize_std=True,
+        imagine=0,
         sampling="all",
         update_episodes=256,
         entropy_floor=1.2,
