@@ -1189,7 +1189,7 @@ def test_an_update_without_credit_is_no_update():
     [
         (0.0, 1.0, 0, "no answer named an action"),
         (0.5, 1.0, 0, "earned the same"),
-        (0.5, 0.9, 0, "paid anything"),
+        (0.5, 0.9, 0, "had credit"),
         (0.5, 0.9, 1, "not finite"),
     ],
 )

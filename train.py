@@ -879,7 +879,7 @@ def advice(m):
     if m["refused_updates"]:
         return "a gradient was not finite, and was not used: give a lower --learning-rate"
     if m["zero_variance_groups"] < 1:
-        return "no drawn episode was paid anything"
+        return "no drawn episode had credit"
     reason = "all episodes of each group earned the same: there is nothing to compare. "
     return reason + "Try a larger --group-size, more --groups, a higher --temperature, --max-steps"
 

@@ -9,8 +9,8 @@ state, as turns of the model's own chat, and the answer's tags are given: the mo
 between them, any one token of its vocabulary. A training episode has 12 steps, not 8, so that
 random play wins now and then. All else is train.py; flags that are given replace FLAGS.
 
-Two seconds an iteration on an H100 beside four others, some minutes on a CPU core. The
-figures of five seeds are in results/smollm2/README.md.
+Two seconds an iteration on an H100 beside four others, some minutes on a CPU core. Figures of
+five seeds, with a setting more that is gone, are in results/smollm2/README.md.
 """
 
 import sys
