@@ -1110,6 +1110,7 @@ class Tokenizer:
 
         self.template = None  # until `use_template`
         self.first_ids = [ids[name] for name in first_tokens(raw.get("post_processor") or {})]
+        ensure(all(i < rows for i in self.first_ids), "a token before all text has no embedding")
         self.named = named or {}
         eos = ids.get(self.named.get("eos_token"))
         self.end_ids = frozenset({*end_ids, eos} - {None})

@@ -1808,6 +1808,7 @@ REFUSALS = {  # use: a word of the message
     "--tiny --entropy-floor inf": "entropy-floor",
     "--tiny --groups 0": "--groups is 0, not at least 1",
     "--tiny --threads 100000000000": "threads",
+    "--tiny --groups 10000000": "groups is 10000000, not at most 1e+06",
     "--tiny --sampling best": "sampling",
     "--tiny --iterations x": "iterations",
     "--tiny --eval RUN": "--tiny",
@@ -1823,6 +1824,7 @@ REFUSALS = {  # use: a word of the message
     "--checkpoint RUN --layers 3": "--layers goes with --tiny",
     "--resume RUN --iterations 1": "has made 2 iterations",
     "--play BARE": "--resume it",
+    "--resume ENDED --iterations 3": "its state.pt is gone",
     "--resume RUN --out NEW": "out",
     "--eval RUN --out NEW": "out",
     "--resume NOWHERE": "NOWHERE",
@@ -1866,6 +1868,8 @@ def homes(warm, tmp_path_factory):
     shutil.copytree(warm, home / "BARE")
     (home / "BARE/state.pt").unlink()
     (home / "BARE/model/model.safetensors").unlink()
+    shutil.copytree(warm, home / "ENDED")
+    (home / "ENDED/state.pt").unlink()
     (home / "FOREIGN").mkdir()
     (home / "FOREIGN/notes.txt").write_text("mine")
     return home
@@ -2757,6 +2761,9 @@ def test_tokens_without_an_embedding_are_never_produced():
     assert max(make_tokenizer(raw, rows=longest - 9).encode(text)) < longest - 9
     with pytest.raises(ValueError, match="200 embeddings"):
         make_tokenizer(raw, rows=200)
+    raw["post_processor"] = {"single": [{"SpecialToken": {"id": "<|end|>"}}]}
+    with pytest.raises(ValueError, match="before all text"):
+        make_tokenizer(raw, rows=rows)
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,8 @@ class Settings:
     iterations: int = setting(700, "Play and learn X times [paper]", 1)
     checkpoint_every: int = setting(20, "Save a state to resume from every X iterations", 1)
 
-    groups: int = setting(2, "Play X groups an iteration, each on its own map [author]", 1)
-    group_size: int = setting(16, "Play X episodes in a group, all on its map [author]", 2)
+    groups: int = setting(2, "Play X groups an iteration, each on its own map [author]", 1, 1e6)
+    group_size: int = setting(16, "Play X episodes in a group, all on its map [author]", 2, 1e6)
     normalize_std: bool = setting(True, "Divide advantages by the group's standard deviation")
     imagine: int = setting(0, "Compare with X imagined episodes of mean return or more", 0, 1e6)
     gamma: float = setting(1.0, "Fade credit by X a step, from the end back; paper: 1", 0, 1)
@@ -508,13 +508,14 @@ class Learner:
         self.master = model
         if WORLD > 1:
             self.model = copy.deepcopy(model).to(s.device, self.dtype)
-            shard(self.master, self.dtype, s.device)  # moves to the device, layer by layer
+            shard(model, self.dtype, s.device)  # moves to the device, layer by layer
             return
-        self.master.to(s.device)
-        self.model = self.master
+        if s.device.startswith("cuda:"):
+            torch.cuda.set_device(s.device)  # on which `lm.capture` records
+        self.model = model.to(s.device)
         if self.dtype != torch.float32:
-            self.model = copy.deepcopy(self.master).to(self.dtype)
-            for low, weight in zip(self.model.parameters(), self.master.parameters()):
+            self.model = copy.deepcopy(model).to(self.dtype)
+            for low, weight in zip(self.model.parameters(), model.parameters()):
                 hand_on_gradient(low, weight)
 
     def player(self, instructions):
@@ -1160,6 +1161,8 @@ def read_settings(mode, folder, given):
 def load_model(mode, folder, settings):
     """(model, tokenizer, and to resume the rest of the run's state.pt, else None)."""
     if mode == "resume" and not (folder / "state.pt").exists():
+        ended = (folder / "model/model.safetensors").exists()
+        lm.ensure(not ended, f"{folder} has a trained model, but its state.pt is gone")
         say("no state of this run was saved: it begins again")
         folder = Path(settings.checkpoint)
         mode = "checkpoint" if settings.checkpoint else "tiny"

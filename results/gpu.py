@@ -435,9 +435,16 @@ def run_part(name, args):
 def start_part(name, args, limit):
     """In the parent: run a part in a child; returns its lines, and how it ended as the last one."""
     command = [sys.executable, __file__, "--part", name, *sys.argv[1:]]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as errors,
+        tempfile.TemporaryDirectory() as folder,  # a part that is killed leaves nothing in it
+    ):
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=out, stderr=errors, start_new_session=True)
+        env = os.environ | {"TMPDIR": folder}
+        process = subprocess.Popen(
+            command, stdout=out, stderr=errors, env=env, start_new_session=True
+        )
         try:
             ended = f"status {process.wait(limit)}"
         except subprocess.TimeoutExpired:
@@ -520,7 +527,7 @@ def main():
     parser.add_argument("--device", default=train.DEVICE, choices=("cuda", "cpu"))
     parser.add_argument("--smoke", action="store_true", help="a small shape, to try the script")
     parser.add_argument("--checkpoint", help="a small instruct model's folder")
-    parser.add_argument("--parts", nargs="+", help=f"of {', '.join(LIMITS)}; default: all")
+    parser.add_argument("--parts", nargs="+", choices=LIMITS, help="default: all")
     parser.add_argument("--seconds", type=float, default=360, help="after which no part begins")
     parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"))
     parser.add_argument("--part", help=argparse.SUPPRESS)
