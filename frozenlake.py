@@ -254,9 +254,8 @@ def is_held_out(desc):
 
 def draw_map(scenario, rng, held_out=False):
     """A random map of the scenario, from the training maps or from the held-out ones."""
-    if scenario.maze:
-        return random_maze(scenario.size, scenario.p, rng, held_out)
-    return random_map(scenario.size, scenario.p, rng, held_out)
+    draw = random_maze if scenario.maze else random_map
+    return draw(scenario.size, scenario.p, rng, held_out)
 
 
 @functools.cache

@@ -79,7 +79,10 @@ def scale_frequencies(frequencies, scaling):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions in these weights' split-halves form: x (batch, time, heads, head_dim)."""
+    """Rotary positions in these weights' split-halves form: x (batch, time, heads, head_dim).
+
+    The halves (a, b) of a head become (a cos - b sin, b cos + a sin).
+    """
     swapped = x.roll(x.shape[-1] // 2, -1)  # the second half first
     return torch.addcmul(x * cos, swapped, sin)
 
@@ -87,8 +90,8 @@ def rotate(x, cos, sin):
 def causal_attention(q, k, v):
     """Grouped-query attention, causal: the queries stand at the last places of the keys.
 
-    q (batch, heads, time, head_dim), k and v (batch, groups, slots, head_dim) -> as q. The heads of
-    a group share keys and values.
+    q (batch, heads, time, head_dim), k and v (batch, kv_heads, slots, head_dim) -> as q. Several
+    heads in a row share a kv_head.
     """
     from torch.nn.attention.bias import causal_lower_right  # importing it takes a second
 
@@ -97,9 +100,9 @@ def causal_attention(q, k, v):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer_index):
         super().__init__()
-        self.layer = layer
+        self.layer_index = layer_index
         self.head_dim = config.head_dim
         width = config.hidden_size
         q_width = config.num_attention_heads * config.head_dim
@@ -113,22 +116,24 @@ class Attention(nn.Module):
         self.q_norm = norm(config.head_dim, config.rms_norm_eps)
         self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, context, wrap):
-        """x (batch, time, width) -> the same shape. context: see `Decoder.forward`."""
-        q = self.heads(self.q_proj(x))  # (batch, time, heads, head_dim)
-        k = self.heads(self.k_proj(x))  # (batch, time, groups, head_dim)
-        v = self.heads(self.v_proj(x))  # (batch, time, groups, head_dim)
-        q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (batch, heads, time, head_dim)
-        k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (batch, groups, time, head_dim)
-        v = v.transpose(1, 2)  # (batch, groups, time, head_dim)
-        if context is None:
-            out = wrap(causal_attention, q, k, v)
-        else:
-            out = wrap(context.attend, self.layer, q, k, v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def forward(self, x, cos, sin, context, run):
+        """x (batch, time, width) -> the same shape.
 
-    def heads(self, x):
-        return x.unflatten(2, (-1, self.head_dim))
+        context: see `Decoder.forward`. run(function, *inputs) calls a function that takes more
+        memory than time: it is `checkpointed` or `plain`.
+        """
+        heads = (-1, self.head_dim)
+        q = self.q_proj(x).unflatten(2, heads)  # (batch, time, heads, head_dim)
+        k = self.k_proj(x).unflatten(2, heads)  # (batch, time, kv_heads, head_dim)
+        v = self.v_proj(x).unflatten(2, heads)  # (batch, time, kv_heads, head_dim)
+        q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)  # (batch, heads, time, head_dim)
+        k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)  # (batch, kv_heads, time, head_dim)
+        v = v.transpose(1, 2)  # (batch, kv_heads, time, head_dim)
+        if context is None:
+            out = run(causal_attention, q, k, v)
+        else:
+            out = run(context.attend, self.layer_index, q, k, v)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 def checkpointed(function, *inputs):
@@ -154,27 +159,26 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, width, bias=config.mlp_bias)
 
-    def forward(self, x, wrap):
-        return wrap(self.down, self.gate_proj(x), self.up_proj(x))
+    def forward(self, x, run):
+        return run(self.down, self.gate_proj(x), self.up_proj(x))
 
     def down(self, gate, up):
         return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer_index):
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer_index)
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, context, wrap):
-        """wrap runs what takes more memory than time: it is `checkpointed` or `plain`."""
-        normed = wrap(self.input_layernorm, x)
-        x = x + self.self_attn(normed, cos, sin, context, wrap)
-        normed = wrap(self.post_attention_layernorm, x)
-        return x + self.mlp(normed, wrap)
+    def forward(self, x, cos, sin, context, run):
+        normed = run(self.input_layernorm, x)
+        x = x + self.self_attn(normed, cos, sin, context, run)
+        normed = run(self.post_attention_layernorm, x)
+        return x + self.mlp(normed, run)
 
 
 class Decoder(nn.Module):
@@ -196,10 +200,10 @@ class Decoder(nn.Module):
         """
         x = self.embed_tokens(ids)
         cos, sin = rotary(self.config, positions, x.dtype)
-        of_layers = checkpointed if self.recompute == "layers" else plain
-        of_parts = checkpointed if self.recompute == "parts" else plain
+        run_layer = checkpointed if self.recompute == "layers" else plain
+        run_part = checkpointed if self.recompute == "parts" else plain
         for layer in self.layers:
-            x = of_layers(layer, x, cos, sin, context, of_parts)
+            x = run_layer(layer, x, cos, sin, context, run_part)
         return self.norm(x)
 
 
@@ -262,14 +266,14 @@ class Cache:
 
     def __init__(self, tree, new_tokens):
         """tree: of the prompts, with their keys and values. A prompt is a row at first."""
-        rows, width = tree.slots.shape
+        rows, width = tree.paths.shape
         size = width + new_tokens
         self.size = size + -size % 16  # else each layer's attention would pad the mask
         self.positions = tree.lengths - 1  # (rows,) of the last token so far
-        self.row_ids = torch.arange(rows, device=tree.slots.device)
+        self.row_ids = torch.arange(rows, device=tree.paths.device)
         room = (0, 0, 0, self.size - width)
-        self.keys_values = [  # of each layer, two (rows, groups, slots, head_dim)
-            [F.pad(gather(x, tree.slots), room) for x in pair] for pair in tree.keys_values
+        self.keys_values = [  # of each layer, two (rows, kv_heads, slots, head_dim)
+            [F.pad(gather(x, tree.paths), room) for x in pair] for pair in tree.keys_values
         ]
 
     def advance(self):
@@ -282,17 +286,17 @@ class Cache:
         self.mask = mask.repeat_interleave(keys.shape[1], 0)[:, None, None]
 
     def attend(self, layer, q, k, v):
-        """Write a new token's k and v (rows, groups, 1, head_dim), and attend to all slots.
+        """Write a new token's k and v (rows, kv_heads, 1, head_dim), and attend to all slots.
 
-        q (rows, heads, 1, head_dim) -> the same shape. A group is run as if it were a row with
-        a single head, and its heads as if they were tokens: so no key is copied.
+        q (rows, heads, 1, head_dim) -> the same shape. A kv_head is run as if it were a row
+        of its own, and the heads that share it as if they were tokens: so no key is copied.
         """
         all_k, all_v = self.keys_values[layer]
         all_k[self.row_ids, :, self.positions] = k[:, :, 0]
         all_v[self.row_ids, :, self.positions] = v[:, :, 0]
-        all_k = all_k.flatten(0, 1)[:, None]  # (rows * groups, 1, slots, head_dim)
+        all_k = all_k.flatten(0, 1)[:, None]  # (rows * kv_heads, 1, slots, head_dim)
         all_v = all_v.flatten(0, 1)[:, None]
-        heads = q.reshape(len(all_k), 1, -1, q.shape[3])  # (..., 1, heads of a group, head_dim)
+        heads = q.reshape(len(all_k), 1, -1, q.shape[3])  # (..., 1, heads that share, head_dim)
         out = F.scaled_dot_product_attention(heads, all_k, all_v, attn_mask=self.mask)
         return out.reshape(q.shape)
 
@@ -360,6 +364,7 @@ class LanguageAgent:
         self.device = next(model.parameters()).device
         self.captures = self.device.type == "cuda"  # a step is captured as one graph
         self.end_ids = torch.tensor(sorted(tokenizer.end_ids), device=self.device)
+        # encode(state) -> the tokens of its prompt, a tuple. States come again and again
         self.encode = lru_cache(65536)(
             lambda state: tuple(tokenizer.prompt(f"{instructions}\n\n{state}", think))
         )
@@ -379,8 +384,8 @@ class LanguageAgent:
             uniforms = torch.tensor(uniforms, dtype=torch.float32, device=self.device)
         prompts = [self.encode(state) for state in observations]
         distinct, row_of = unique(prompts)
-        row_of = torch.tensor(row_of, device=self.device)  # of each answer in the batch
-        table, tree = self.read_prompts(distinct)
+        row_of = torch.tensor(row_of, device=self.device)  # of table and cache, by answer
+        table, tree = self.read_prompts(distinct)  # table (rows, size): log-probabilities
         cache = Cache(tree, self.max_new_tokens)
         ensure(not table.isnan().any(), "probabilities are not numbers; lower --learning-rate")
 
@@ -388,7 +393,7 @@ class LanguageAgent:
         logprobs = torch.zeros(len(prompts), self.max_new_tokens, device=self.device)
         in_batch = torch.arange(len(prompts), device=self.device)  # answers in the batch
         unfinished = torch.ones_like(in_batch, dtype=torch.bool)  # those that have not ended
-        step = None
+        read_next = None
         # Of the answers in the batch, those that are equal so far share a row of table and cache
         for t in range(self.max_new_tokens):
             token = sample(table, row_of, None if uniforms is None else uniforms[in_batch, t])
@@ -398,15 +403,18 @@ class LanguageAgent:
             count = int(unfinished.sum())
             if t + 1 == self.max_new_tokens or count == 0:
                 break
-            # A captured step has a fixed size: answers that ended stay until half of them have
-            if step is None or not self.captures or count <= len(in_batch) // 2:
+            # Answers that ended leave the batch. A captured step has a fixed size: they leave it
+            # when half of them have ended
+            if read_next is None or not self.captures or count <= len(in_batch) // 2:
                 kept = unfinished.nonzero()[:, 0]
                 in_batch = in_batch[kept]
                 unfinished = unfinished[kept]
                 origin, token, row_of = self.branch(row_of[kept], token[kept])
                 cache.take(origin)
-                step = capture(self.read_token, token, cache) if self.captures else self.read_token
-            table = step(token, cache)
+                read_next = self.read_token
+                if self.captures:
+                    read_next = capture(self.read_token, token, cache)
+            table = read_next(token, cache)
         return self.answers(prompts, tokens.tolist(), logprobs.tolist())
 
     def branch(self, rows, tokens):
@@ -424,7 +432,7 @@ class LanguageAgent:
         """Run prompts: the table of each one's first new token, and their tree for a `Cache`."""
         tree = Tree(prompts, self.device, keep=True)
         x = self.model.hidden(tree.ids, tree.positions, tree)
-        last = tree.slots.gather(1, tree.lengths[:, None] - 1)[:, 0]
+        last = tree.paths.gather(1, tree.lengths[:, None] - 1)[:, 0]
         return self.next_logprobs(x[0, last]), tree
 
     def read_token(self, token, cache):
@@ -454,7 +462,7 @@ class LanguageAgent:
         tree = Tree(texts, self.device)
         x = self.model.hidden(tree.ids, tree.positions, tree)
         is_response = targets >= 0
-        x = x[0, tree.slots[text_of][is_response]]  # (response tokens, width)
+        x = x[0, tree.paths[text_of][is_response]]  # (response tokens, width)
         logprobs, entropies = self.model.token_logprobs(
             x, targets[is_response], self.tokenizer.size, self.temperature
         )
@@ -482,7 +490,7 @@ class Tree:
         texts        I A B C, I A B D, I E
         ids          I A B C D E              one long row of nodes: tokens with all before them
         positions    0 1 2 3 3 1
-        slots        0 1 2 3, 0 1 2 4, 0 5    where each text's nodes stand in the row
+        paths        0 1 2 3, 0 1 2 4, 0 5    each text's nodes, by their places in the row
         groups       0 | 1 2 3, 5 | 4         what attends together: what begins all texts (the
                                               instructions), new texts, and the ends of others
 
@@ -492,13 +500,13 @@ class Tree:
 
     def __init__(self, texts, device, keep=False):
         """keep: have `attend` add each layer's keys and values, for a `Cache`."""
-        self.keys_values = [] if keep else None  # two a layer, (1, groups, nodes, head_dim)
+        self.keys_values = [] if keep else None  # two a layer, (1, kv_heads, nodes, head_dim)
         start = shared_length([text[:-1] for text in texts])  # so no text's own part is empty
         ids = list(texts[0][:start])
         positions = list(range(start))
         nodes = {}  # {(the node before, token): node}
-        paths = []  # of each text, its nodes
-        known = []  # of each text, the place in its path of the first new node, else of the last
+        own = []  # of each text, its nodes behind what begins all
+        known = []  # of each text, the place of the first new node in these, else of the last
         for text in texts:
             path = []
             before = len(ids)
@@ -509,30 +517,30 @@ class Tree:
                     ids.append(token)
                     positions.append(start + len(path))
                 path.append(node)
-            paths.append(path)
+            own.append(path)
             known.append(len(path) - max(1, len(ids) - before))
 
         self.lengths = torch.tensor([len(text) for text in texts], device=device)
         self.ids = torch.tensor([ids], device=device)
         self.positions = torch.tensor([positions], device=device)
-        paths = torch.tensor(pad(paths, 0), device=device)  # padding, which none sees, is 0
+        own = torch.tensor(pad(own, 0), device=device)  # (texts, some); none sees the padding
         shared = torch.arange(start, device=device)[None]
-        self.slots = torch.cat([shared.expand(len(texts), -1), paths], 1)
-        self.groups = [(shared, shared), *self.split(paths, torch.tensor(known, device=device))]
+        self.paths = torch.cat([shared.expand(len(texts), -1), own], 1)  # (texts, longest)
+        self.groups = [(shared, shared), *self.split(own, torch.tensor(known, device=device))]
         attended = torch.cat([nodes.flatten() for nodes, _ in self.groups])
         _, first_places = np.unique(attended.cpu(), return_index=True)  # never that of padding
         self.places = torch.tensor(first_places[None], device=device)  # (1, nodes) in `attended`
 
-    def split(self, paths, known):
-        """The texts in groups, each as (nodes that attend, slots that they see, both by text).
+    def split(self, own, known):
+        """The texts in groups, each as (nodes that attend, nodes that they see, both by text).
 
         Texts that begin as an earlier one does for long, such as answers to one prompt, are a group
         of their own. They attend from the first node on that is new in one of them.
         """
-        late = known > paths.shape[1] // 2  # (texts,)
-        groups = [(paths[~late], self.slots[~late])]
+        late = known > own.shape[1] // 2  # (texts,)
+        groups = [(own[~late], self.paths[~late])]
         if late.any():
-            groups.append((paths[late, known[late].min() :], self.slots[late]))
+            groups.append((own[late, known[late].min() :], self.paths[late]))
         return groups
 
     def attend(self, layer, q, k, v):
@@ -540,8 +548,8 @@ class Tree:
         if self.keys_values is not None:
             self.keys_values.append((k, v))
         parts = []
-        for nodes, slots in self.groups:
-            out = causal_attention(gather(q, nodes), gather(k, slots), gather(v, slots))
+        for nodes, seen in self.groups:
+            out = causal_attention(gather(q, nodes), gather(k, seen), gather(v, seen))
             parts.append(out.transpose(0, 1).flatten(1, 2))  # (heads, texts * some, head_dim)
         return gather(torch.cat(parts, 1)[None], self.places)
 

@@ -18,7 +18,8 @@ One iteration:
     3. Advantage in its group [paper]: A_i = (R_i - mean_j R_j) / (std_j R_j + 1e-6). The mean and
        the population std are over the G episodes, never over steps.
     4. Credit: every token of every step of episode i gets A_i [paper]. `gamma` < 1 is our ablation,
-       credit that fades with the distance from the end: gamma^(T_i - 1 - t) A_i.
+       credit that fades with the distance from the end: gamma^(T_i - 1 - t) A_i. It discounts no
+       reward.
     5. AAW, absolute-advantage-weighted sampling: train on K of the N episodes, drawn one after
        another, each with probability |A_i| / sum_j |A_j| among those left. [paper: more weight on
        large absolute advantages; this form, without replacement, is ours.]
@@ -240,12 +241,12 @@ def count_tokens(steps):
     return sum(len(step.answer.response) for step in steps)
 
 
-def backward(policy, steps, tokens, clip=0.2, entropy_coef=0.0, weight=1.0):
+def backward(policy, steps, tokens, clip, entropy_coef, weight):
     """Add the gradient of `policy_loss`, summed over one micro-batch and divided by `tokens`.
 
     tokens: of the whole update, so that its split into micro-batches changes nothing. Returns sums
     over the micro-batch's tokens, (4,) float64: loss, entropy, clipped tokens, |log ratio|. weight:
-    a factor on the gradient and on these sums.
+    a factor on the gradient and on these sums, 1 where one process runs.
     """
     logprobs, entropies = policy.score([step.answer for step in steps])
     old_logprobs = []

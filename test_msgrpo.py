@@ -657,8 +657,8 @@ def test_texts_that_begin_alike_are_run_once():
     tree = lm.Tree([(7, 8, 1, 2, 3), (7, 8, 1, 2, 4), (7, 8, 5), (7, 8, 1, 2, 3)], "cpu")
     assert tree.ids.tolist() == [[7, 8, 1, 2, 3, 4, 5]]
     assert tree.positions.tolist() == [[0, 1, 2, 3, 4, 4, 2]]
-    assert tree.slots[[0, 1, 3]].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4]]
-    assert tree.slots[2, :3].tolist() == [0, 1, 6]
+    assert tree.paths[[0, 1, 3]].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4]]
+    assert tree.paths[2, :3].tolist() == [0, 1, 6]
     shared, new, late = [nodes.tolist() for nodes, _ in tree.groups]
     assert shared == [[0, 1]]
     assert new == [[2, 3, 4], [6, 0, 0]]

@@ -88,7 +88,7 @@ class Settings:
     update_episodes: int = setting(16, "Take about X drawn episodes in an optimiser step", 1)
     clip: float = setting(0.2, "Clip where the ratio leaves 1 - X to 1 + X [author]")
     entropy_coef: float = setting(0.001, "Weigh the entropy bonus by X, per token in nats [author]")
-    entropy_floor: float = setting(0.0, "Raise that weight by what the entropy lacks to X nats")
+    entropy_floor: float = setting(0.0, "Add what the entropy lacks to X nats to that weight")
     learning_rate: float = setting(1e-6, "Learn at rate X, after a ramp of ten iterations [author]")
     final_rate: float = setting(1.0, "Lower the rate to this share by the end [author]", 0, 1)
     grad_clip: float = setting(1.0, "Shorten gradients to a norm of at most X [author]")
@@ -150,8 +150,9 @@ def generator(*key):
 def iterate(player, trainee, learner, iteration, replay_pool):
     """One iteration of MS-GRPO, by the steps of msgrpo.py; returns its metrics.
 
-    player plays, trainee has the weights that are trained. replay_pool: at most 256 maps on which
-    an episode failed, kept up to date here. The metric `success` is of newly drawn maps alone.
+    player samples, trainee scores with gradient: one model in float32, where one process runs.
+    learner has the optimiser. replay_pool: at most 256 maps on which an episode failed, kept up to
+    date here. The metric `success` is of newly drawn maps alone.
     """
     s = learner.settings
     rng = generator(s.seed, iteration, 0)
@@ -198,32 +199,32 @@ def learn(trainee, learner, episodes, drawn, rate):
     s = learner.settings
     if not drawn:
         return []
-    bonus = entropy_coefficient(s, episodes)
+    entropy_coef = entropy_coefficient(s, episodes)
     updates = []
-    for part in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))):
-        of_part = [episodes[i] for i in part]
-        with_credit = [episode for episode in of_part if any(step.credit for step in episode)]
-        if not bonus and not with_credit:
+    for indices in np.array_split(drawn, max(1, round(len(drawn) / s.update_episodes))):
+        batch = [episodes[i] for i in indices]
+        with_credit = [episode for episode in batch if any(step.credit for step in episode)]
+        if not entropy_coef and not with_credit:
             continue  # nothing to learn from
-        # An iteration without an update can still be given up
-        update = accumulate_gradient(trainee, of_part, s, bonus, can_stop=not updates)
+        # Before its first update, an iteration can still be given up, and played again
+        update = accumulate_gradient(trainee, batch, s, entropy_coef, can_stop=not updates)
         update["grad_norm"] = learner.update(rate)
         update["trained"] = len(with_credit)
         updates.append(update)
     return updates
 
 
-def evaluate(learner, name, greedy=True, limit=None):
+def evaluate(learner, name, greedy=True):
     """Success on held-out maps beside that of players who do not learn: printed and returned.
 
-    4x4 without slips: each of the 503 held-out maps once, so that greedy figures are exact;
-    `success` weights a map by its probability. Otherwise, and where fewer episodes are allowed, the
-    same `eval_episodes` draws every time, with half of Wilson's 95 % interval. limit: episodes,
-    instead of `eval_episodes`.
+    noslip: each of the 503 held-out maps once, so that greedy figures are exact; `success` weights
+    a map by its probability. Otherwise, and where fewer episodes are allowed, the same
+    `eval_episodes` draws every time, with half of Wilson's 95 % interval. Samples are a quick look:
+    50 draws at most.
     """
     s = learner.settings
-    scenario = SCENARIOS[name]
-    maps, weights, exact = evaluation_maps(scenario, limit or s.eval_episodes)
+    limit = s.eval_episodes if greedy else min(50, s.eval_episodes)
+    maps, weights, exact = evaluation_maps(SCENARIOS[name], limit)
     lakes = [s.lake(desc, 0, i, scenario=name) for i, desc in enumerate(maps)]
     STATUS.doing(f"evaluating {name}")
     policy = learner.player(lakes[0].instructions)
@@ -699,9 +700,9 @@ def warm_up(trainee, learner):
         start = 1 + msgrpo.shared_length(texts)  # skips the first cell too: it is random
         logprobs, _ = trainee.score([msgrpo.Answer(ids[:start], ids[start:]) for ids in texts])
         (-logprobs.mean()).backward()
-        ramp = min(1, (i + 1) / 10)
-        decay = min(1, 2 * (1 - i / s.warmup_steps))
-        learner.update(3e-3 * min(ramp, decay))
+        ramp = (i + 1) / 10
+        decay = 2 * (1 - i / s.warmup_steps)
+        learner.update(3e-3 * min(1, ramp, decay))
 
 
 def summarize(episodes, returns, success, replayed, tried):
@@ -732,7 +733,7 @@ def summarize(episodes, returns, success, replayed, tried):
 
 def evaluation_maps(scenario, episodes):
     """(held-out maps, their weights, are they all there are?): at most so many episodes."""
-    if scenario.size == 4 and scenario.success_rate == 1 and not scenario.maze:
+    if scenario is SCENARIOS["noslip"]:  # few enough to list
         maps, weights = frozenlake.held_out_maps(scenario)
         if len(maps) <= episodes:
             return maps, weights, True
@@ -886,22 +887,17 @@ def advice(m):
 
 
 def begin(learner, trainee, lake, out):
-    """The state before the first iteration, behind the warm-up."""
+    """Warm up, and show what the model is and reads. The state before the first iteration."""
     if RANK == 0:
         lm.save_small_files(out / "model", learner.master, learner.tokenizer)
     warm_up(trainee, learner)
-    return {"before": measure_before(learner, lake), "replay_pool": [], "history": []}
-
-
-def measure_before(learner, lake):
-    """Show what the model is and reads; returns its success before the first iteration."""
     parameters = sum(p.numel() for p in learner.master.parameters())
-    prompt = learner.player(lake.instructions).encode(lake.observation())
+    prompt = trainee.encode(lake.observation())
     say(f"{parameters:,} parameters; {learner.tokenizer.describe_prompt()}. One, as it is read:\n")
     say(learner.tokenizer.decode(prompt) + "\n")
     say("before MS-GRPO, sampled, on held-out lakes:\n" + score_line("", HEADINGS))
-    limit = min(50, learner.settings.eval_episodes)
-    return evaluate(learner, learner.settings.scenario, greedy=False, limit=limit)
+    before = evaluate(learner, learner.settings.scenario, greedy=False)
+    return {"before": before, "replay_pool": [], "history": []}
 
 
 def save_state(out, state, learner):
@@ -1069,13 +1065,10 @@ def make_parser():
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the run (default: a new one under runs/)"
     )
-    group = parser
     defaults = Settings()
-    for f in fields(Settings):
+    for f in fields(Settings)[1:]:  # the first, checkpoint, is a mode
         if f.name in SECTIONS:  # the first of a section
             group = parser.add_argument_group(SECTIONS[f.name])
-        if f.name == "checkpoint":
-            continue  # a mode
         text = f"{f.metadata['help']} (default {getattr(defaults, f.name)}"
         for name, values in {"tiny": TINY, **HARDER}.items():
             if f.name in values:
