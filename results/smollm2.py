@@ -6,7 +6,8 @@
 Under train.py's own prompt this model talks of other things: no answer is ever valid, so all
 episodes of a group are alike and there is nothing to learn from. Here two examples stand before the
 state, as turns of the model's own chat, and the answer's tags are given: the model says the word
-between them, any one token of its vocabulary. A training episode has 12 steps, not 8, so that
+between them, any one token of its vocabulary. One spelling of a move is valid: were `Right` and
+` right` so too, entropy could be one of spellings. A training episode has 12 steps, not 8, so that
 random play wins now and then. All else is train.py; flags that are given replace FLAGS.
 
 Two seconds an iteration on an H100 beside four others, some minutes on a CPU core. Figures of
@@ -24,6 +25,7 @@ import train  # before torch, whose threads it sets
 import torch
 
 import model as lm
+from frozenlake import ACTIONS
 from msgrpo import Answer
 
 EXAMPLES = [("P___ _O_O ___O O__G", "down"), ("_O__ _P__ _O__ ___G", "right")]  # none is held out
@@ -77,7 +79,8 @@ class WordAgent(lm.LanguageAgent):
         logprobs = table[rows, tokens]
         answers = []
         for prompt, token, logprob in zip(prompts, tokens.tolist(), logprobs.tolist()):
-            text = OPEN + self.tokenizer.decode((token,)) + CLOSE
+            word = self.tokenizer.decode((token,))
+            text = OPEN + word + CLOSE if word in ACTIONS else word
             answers.append(Answer(prompt, (token,), [logprob], text))
         return answers
 
