@@ -1824,7 +1824,7 @@ REFUSALS = {  # use: a word of the message
     "--checkpoint RUN --layers 3": "--layers goes with --tiny",
     "--resume RUN --iterations 1": "has made 2 iterations",
     "--play BARE": "--resume it",
-    "--resume ENDED --iterations 3": "its state.pt is gone",
+    "--resume ENDED --iterations 3": "begin a run by --checkpoint ENDED",
     "--resume RUN --out NEW": "out",
     "--eval RUN --out NEW": "out",
     "--resume NOWHERE": "NOWHERE",

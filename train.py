@@ -1155,7 +1155,7 @@ def load_model(mode, folder, settings):
     """(model, tokenizer, and to resume the rest of the run's state.pt, else None)."""
     if mode == "resume" and not (folder / "state.pt").exists():
         ended = (folder / "model/model.safetensors").exists()
-        lm.ensure(not ended, f"{folder} has a trained model, but its state.pt is gone")
+        lm.ensure(not ended, f"{folder} lost its state.pt: begin a run by --checkpoint {folder}")
         say("no state of this run was saved: it begins again")
         folder = Path(settings.checkpoint)
         mode = "checkpoint" if settings.checkpoint else "tiny"
