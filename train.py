@@ -887,7 +887,7 @@ def advice(m):
 
 
 def begin(learner, trainee, lake, out):
-    """Warm up, and show what the model is and reads. The state before the first iteration."""
+    """Warm up, show what the model is and reads; returns the state before the first iteration."""
     if RANK == 0:
         lm.save_small_files(out / "model", learner.master, learner.tokenizer)
     warm_up(trainee, learner)

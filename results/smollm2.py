@@ -11,7 +11,7 @@ between them, any one token of its vocabulary. One spelling of a move is valid: 
 random play wins now and then. All else is train.py; flags that are given replace FLAGS.
 
 Two seconds an iteration on an H100 beside four others, some minutes on a CPU core. Figures of
-five seeds, with a setting more that is gone, are in results/smollm2/README.md.
+five seeds there, by an earlier version, and of two on a CPU are in results/smollm2/README.md.
 """
 
 import sys
