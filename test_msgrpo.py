@@ -242,6 +242,22 @@ def test_parser(text, action):
     assert frozenlake.parse_action(text) == action
 
 
+def test_parser_takes_any_text():
+    """Pieces of answers and any characters, in any order."""
+    rng = np.random.default_rng(0)
+    pieces = ["<action>", "</action>", *ACTIONS, "UP", " ", "\n", "<", ">", "/", "\0", "\ud800"]
+    found = set()
+    for _ in range(20_000):
+        chosen = [pieces[i] for i in rng.integers(len(pieces), size=rng.integers(8))]
+        text = "".join([*chosen, chr(rng.integers(0x110000))])
+        action = frozenlake.parse_action(text)
+        found.add(action)
+        if action is not None:
+            bare = text.lower().replace(" ", "").replace("\n", "")
+            assert f"<action>{ACTIONS[action]}</action>" in bare
+    assert found == {None, 0, 1, 2, 3}
+
+
 def scenario_lake(name, **options):
     scenario = SCENARIOS[name]
     desc = frozenlake.draw_map(scenario, np.random.default_rng(0))
@@ -1497,6 +1513,31 @@ def test_defaults_follow_the_device_that_is_given(monkeypatch):
     assert (of_gpu.dtype, of_gpu.recompute) == ("float32", "nothing")
 
 
+@pytest.mark.parametrize("mode", ["resume", "eval"])
+def test_a_run_goes_to_another_device_with_what_is_fast_there(mode, tmp_path, monkeypatch):
+    monkeypatch.setattr(lm, "bfloat16_is_fast", lambda kind: kind == "cuda")
+    of_gpu = train.Settings(device="cuda", dtype="bfloat16", recompute="layers", seed=7)
+    (tmp_path / "settings.json").write_text(train.settings_text(of_gpu))
+
+    def numerics(**given):
+        found = train.read_settings(mode, tmp_path, given)
+        assert found.seed == 7
+        return found.device, found.dtype, found.recompute
+
+    assert numerics() == ("cuda", "bfloat16", "layers")
+    assert numerics(device="cuda") == ("cuda", "bfloat16", "layers")
+    assert numerics(device="cpu") == ("cpu", "float32", "parts")
+    assert numerics(device="cpu", dtype="bfloat16") == ("cpu", "bfloat16", "parts")
+
+
+def test_several_processes_do_not_share_a_gpu(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    train.check_device("cuda")
+    with pytest.raises(lm.BadInput, match="cuda:1: of several"):
+        train.check_device("cuda:1")
+
+
 def test_a_run_leaves_metrics_and_a_summary(warm):
     metrics = read_metrics(warm)
     summary = read_summary(warm)
@@ -1587,6 +1628,8 @@ def test_progress_is_one_line_with_the_time_left(warm):
     assert line.endswith("  5:10 left")
     line = train.progress_line(read_metrics(warm)[0], iterations=2, ends=[0.0, 119.7])
     assert line.endswith("  2:00 left")
+    line = train.progress_line(read_metrics(warm)[0] | {"updates": 0}, 2, [0.0, 119.7])
+    assert line.endswith("  2:00 left  no update")
 
 
 def test_metrics_are_strict_json():

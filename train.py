@@ -89,7 +89,7 @@ class Settings:
     clip: float = setting(0.2, "Clip where the ratio leaves 1 - X to 1 + X [author]")
     entropy_coef: float = setting(0.001, "Weigh the entropy bonus by X, per token in nats [author]")
     entropy_floor: float = setting(0.0, "Add what the entropy lacks to X nats to that weight")
-    learning_rate: float = setting(1e-6, "Learn at rate X, after a ramp of ten iterations [author]")
+    learning_rate: float = setting(1e-6, "Learn at rate X [author], after a ramp of ten iterations")
     final_rate: float = setting(1.0, "Lower the rate to this share by the end [author]", 0, 1)
     grad_clip: float = setting(1.0, "Shorten gradients to a norm of at most X [author]")
     replay: float = setting(0.0, "Play this share of groups on maps that were failed before", 0, 1)
@@ -787,7 +787,8 @@ def progress_line(m, iterations, ends):
         value = "-" if m[key] is None else f"{m[key]:.3f}"
         line += f"  {SHORT.get(key, key)} {value}"
     speed = f"{m['tokens_per_second']:,.0f} tokens/s"
-    return f"{line}  {speed}  {left // 60}:{left % 60:02} left"
+    remark = "" if m["updates"] else "  no update"
+    return f"{line}  {speed}  {left // 60}:{left % 60:02} left{remark}"
 
 
 SCORES = "success half_interval unweighted valid random reflex1 reflex2 reflex3 optimal".split()
@@ -953,7 +954,11 @@ def play_one(learner):
     lake = s.lake(frozenlake.draw_map(SCENARIOS[s.scenario], rng, held_out=True), s.seed, 0)
     player = learner.player(lake.instructions)
     boards = [lake.observation()]
-    episode = msgrpo.play(player, [lake], True, lambda *_: boards.append(lake.observation()))[0]
+
+    def after_round(done, total):
+        boards.append(lake.observation())
+
+    episode = msgrpo.play(player, [lake], True, after_round)[0]
     say(f"\n{lake.instructions}\n")
     for t, step in enumerate(episode):
         remark = "" if step.valid else "  (invalid: no move)"
@@ -1146,7 +1151,10 @@ def read_settings(mode, folder, given):
         return settings
     if path.exists():
         with lm.blaming(path):
-            return checked(Settings(**lm.parse_json(path.read_bytes()) | given))
+            own = lm.parse_json(path.read_bytes())
+            if "device" in given and given["device"] != own.get("device"):
+                own["dtype"] = own["recompute"] = ""  # what is fast there
+            return checked(Settings(**own | given))
     lm.ensure(mode != "resume", f"{folder} is no run: there is no settings.json in it")
     return settings
 
@@ -1217,6 +1225,8 @@ def check_device(device):
     """Refuses a device that is not there or not supported."""
     kind = device.split(":")[0]
     lm.ensure(kind in ("cpu", "cuda"), f"--device {device}: cpu, cuda and cuda:N are supported")
+    one_each = WORLD == 1 or ":" not in device
+    lm.ensure(one_each, f"--device {device}: of several processes each has a GPU of its own")
     has_device = kind == "cpu" or torch.cuda.is_available()
     lm.ensure(has_device, f"--device {device}: there is no CUDA GPU here, give --device cpu")
 

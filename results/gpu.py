@@ -6,7 +6,7 @@
 
 It needs torch, transformers, numpy, tiktoken, jinja2 and pytest, and no network. Each part runs in
 a process of its own, with a limit of time: what one part loses, the others keep. JSON lines go to
---out after each part, a table to the terminal. Raw output of three runs on an H100: results/gpu/.
+--out after each part, a table to the terminal. Raw output of runs on an H100: results/gpu/.
 
 peaks    the device's best rate of matrix products, and of copying its memory
 recipe   three iterations at Qwen2.5-3B's shape as `train.py --think` runs them, though with random
