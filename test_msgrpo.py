@@ -1514,20 +1514,23 @@ def test_defaults_follow_the_device_that_is_given(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["resume", "eval"])
-def test_a_run_goes_to_another_device_with_what_is_fast_there(mode, tmp_path, monkeypatch):
+def test_a_run_keeps_bfloat16_where_it_is_fast(mode, tmp_path, monkeypatch):
     monkeypatch.setattr(lm, "bfloat16_is_fast", lambda kind: kind == "cuda")
-    of_gpu = train.Settings(device="cuda", dtype="bfloat16", recompute="layers", seed=7)
-    (tmp_path / "settings.json").write_text(train.settings_text(of_gpu))
 
-    def numerics(**given):
+    def dtype(own_device, own_dtype, **given):
+        """Of a run that had its own device and dtype."""
+        own = train.Settings(device=own_device, dtype=own_dtype, seed=7)
+        (tmp_path / "settings.json").write_text(train.settings_text(own))
         found = train.read_settings(mode, tmp_path, given)
-        assert found.seed == 7
-        return found.device, found.dtype, found.recompute
+        assert (found.seed, found.device) == (7, given.get("device", own_device))
+        return found.dtype
 
-    assert numerics() == ("cuda", "bfloat16", "layers")
-    assert numerics(device="cuda") == ("cuda", "bfloat16", "layers")
-    assert numerics(device="cpu") == ("cpu", "float32", "parts")
-    assert numerics(device="cpu", dtype="bfloat16") == ("cpu", "bfloat16", "parts")
+    assert dtype("cuda", "bfloat16") == "bfloat16"
+    assert dtype("cuda", "bfloat16", device="cuda:1") == "bfloat16"
+    assert dtype("cuda", "bfloat16", device="cpu") == "float32"
+    assert dtype("cuda", "bfloat16", device="cpu", dtype="bfloat16") == "bfloat16"
+    assert dtype("cpu", "bfloat16", device="cpu") == "bfloat16"
+    assert dtype("cpu", "float32", device="cuda") == "float32"
 
 
 def test_several_processes_do_not_share_a_gpu(monkeypatch):

@@ -1152,8 +1152,9 @@ def read_settings(mode, folder, given):
     if path.exists():
         with lm.blaming(path):
             own = lm.parse_json(path.read_bytes())
-            if "device" in given and given["device"] != own.get("device"):
-                own["dtype"] = own["recompute"] = ""  # what is fast there
+            moves = "device" in given and given["device"] != own.get("device")
+            if moves and own.get("dtype") == "bfloat16":
+                own["dtype"] = ""  # it may be slow there; float32 is right everywhere
             return checked(Settings(**own | given))
     lm.ensure(mode != "resume", f"{folder} is no run: there is no settings.json in it")
     return settings
